@@ -34,8 +34,8 @@ if {"-h", "--help"} & set(sys.argv[1:]) and Path(sys.argv[0]).parent == Path(__f
     torch, nn, F = None, SimpleNamespace(Module=object), None
 else:
     import torch
-    import torch.nn as nn
     import torch.nn.functional as F
+    from torch import nn
 
 DATASETS = ("shapes", "fashionmnist", "cifar10", "cifar100", "tinyimagenet", "imagenet", "folder")
 
@@ -104,9 +104,8 @@ def parse(parser, argv=None):
         if getattr(arguments, flag) is None:
             setattr(arguments, flag, value)
     for name in (arguments.teacher, arguments.student):
-        if name not in MODELS:
-            parser.error(f"no network is called {name!r}; there are {', '.join(MODELS)}, and resnetDxW (resnet8x0.5)"
-                         ) if not _resnet_plan(name) else None
+        if name not in MODELS and _resnet_plan(name) is None:
+            parser.error(f"no network is called {name!r}; there are {', '.join(MODELS)}, and resnetDxW (resnet8x0.5)")
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if arguments.device == "auto":
         arguments.device = next(kind for kind in ("cuda", "mps", "cpu") if available[kind])
@@ -137,6 +136,7 @@ CHANNEL_STATISTICS = {  # mean and standard deviation of the training pixels in 
     "fashionmnist": ((0.2860,) * 3, (0.3530,) * 3),
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
+TURN, NOISE = 0.5, 0.06
 SHAPES_TRAIN, SHAPES_TEST = 2500, 2000  # images of the embedded set
 
 
@@ -279,9 +279,9 @@ def make_shapes(count, image_size=16, seed=0):
         0.52 * (1 + cosine) + 0.1])  # disc, ellipse, triangle, square, bar, pentagon, cross, flower, trefoil, cardioid
     labels = torch.randint(0, 20, (count,), generator=generator)
     grid = (torch.arange(image_size) + 0.5) / image_size * 2 - 1  # pixel centres in [-1,1]
-    x = grid[None, None, :] - uniform(-0.25, 0.25, 1, 1)  # (N,1,S)
-    y = grid[None, :, None] - uniform(-0.25, 0.25, 1, 1)  # (N,S,1)
-    turn, size = uniform(0, 2 * math.pi, 1, 1), uniform(0.5, 0.85, 1, 1)
+    x = grid[None, None, :] - uniform(-0.15, 0.15, 1, 1)  # (N,1,S)
+    y = grid[None, :, None] - uniform(-0.15, 0.15, 1, 1)  # (N,S,1)
+    turn, size = uniform(-TURN, TURN, 1, 1), uniform(0.65, 0.95, 1, 1)
     u, v = (x * turn.cos() + y * turn.sin()) / size, (y * turn.cos() - x * turn.sin()) / size  # (N,S,S)
     u = u * uniform(0.85, 1.15, 1, 1)  # a slight stretch
     index = (torch.atan2(v, u) * 180 / math.pi).floor().long() % 360
@@ -290,11 +290,10 @@ def make_shapes(count, image_size=16, seed=0):
     silhouette = ((outline - radius) * edge + 0.5).clamp(0, 1)
     hole = ((0.55 * outline - radius) * edge + 0.5).clamp(0, 1) * (labels % 2)[:, None, None]
     cover = (silhouette - hole)[:, None]  # (N,1,S,S)
-    back = uniform(0.1, 0.9, 3, 1, 1) + uniform(-0.3, 0.3, 3, 1, 1) * x[:, None] + uniform(-0.3, 0.3, 3, 1, 1) * y[:, None]
-    front = (uniform(0.1, 0.9, 3, 1, 1))
-    front = torch.where((front - back.mean((2, 3), keepdim=True)).abs() < 0.25, (front + 0.5) % 1.0, front)
+    back = uniform(0.0, 0.4, 3, 1, 1) + uniform(-0.2, 0.2, 3, 1, 1) * x[:, None] + uniform(-0.2, 0.2, 3, 1, 1) * y[:, None]
+    front = uniform(0.45, 1.0, 3, 1, 1)  # brighter than the background, in a colour of its own
     images = cover * front + (1 - cover) * back  # (N,3,S,S)
-    images += 0.08 * torch.randn(images.shape, generator=generator)
+    images += NOISE * torch.randn(images.shape, generator=generator)
     return (images.clamp(0, 1) * 255).round().to(torch.uint8), labels, silhouette > 0.5
 
 
@@ -334,7 +333,7 @@ def load_data(name, folder=None, image_size=None, train_fraction=1.0, validation
     if open_set and not 2 <= known:
         raise InputError(f"--open-set {open_set}: {name} has {classes} classes, at least 2 must be left to train on")
     if test is None:  # a folder of classes: 80/20 for the known ones; of the unseen ones everything is for testing
-        (images, labels), keep = train, torch.zeros(len(train[1]), dtype=torch.bool)
+        labels, keep = train[1], torch.zeros(len(train[1]), dtype=torch.bool)
         keep[stratified(labels, 0.8, generator)] = True
         keep &= labels < known
         train, test = _take(train, keep.nonzero().flatten()), _take(train, (~keep).nonzero().flatten())
@@ -348,8 +347,8 @@ def load_data(name, folder=None, image_size=None, train_fraction=1.0, validation
     held, train = _take(train, held_out.nonzero().flatten()), _take(train, (~held_out).nonzero().flatten())
     for part, word in ((train, "train on"), (test, "test on")):
         if len(part[1].unique()) < known:
-            missing = sorted(set(range(known)) - set(part[1].tolist()))[0]
-            raise InputError(f"{name}: class {missing} has no image left to {word}; add images or use less --validation")
+            missing = min(set(range(known)) - set(part[1].tolist()))
+            raise InputError(f"{name}: class {missing} has no image left to {word}; add images to it")
     parts = [train, held, test, unseen]
     if name == "imagenet":
         mean, std = (torch.tensor(value).view(3, 1, 1) for value in CHANNEL_STATISTICS[name])
@@ -662,6 +661,12 @@ def _build(name, classes, image_size):
     return Network(nn.Sequential(*conv_bn(3, stem_width), relu), stages, nn.Identity(), nn.Linear(width, classes))
 
 
+def compile_network(network, arguments):
+    """With --compile, let torch.compile take the part that `embed` and `forward` share."""
+    if arguments.compile:
+        network.forward_features = torch.compile(network.forward_features)
+
+
 def frozen(network):
     """A deep copy in eval mode that gets no gradient: parameters and batch-norm statistics (a bare state_dict() would be
     references to the weights that go on training)."""
@@ -846,7 +851,7 @@ class Record:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             save_file(json.dumps(settings, indent=1), self.folder / ".writable")
-            (self.folder / ".writable").unlink()
+            (self.folder / ".writable").unlink(missing_ok=True)
         except OSError as error:
             raise InputError(f"--out {folder} cannot be written ({error.strerror}); choose another folder") from None
         finished, checkpoint = self.folder / "result.json", self.folder / "checkpoint.pt"
@@ -941,9 +946,11 @@ class Record:
             writer.writerows(self.rows)
         os.replace(partial, self.folder / "log.csv")
 
-    def finish(self, student_state, **more):
+    def finish(self, student_state=None, **more):
         """Write student.pt (a plain state dict) and result.json; the checkpoint goes. Returns the result."""
-        save_file({name: value.detach().cpu() for name, value in student_state.items()}, self.folder / "student.pt")
+        if student_state:
+            student_state = {name: value.detach().cpu() for name, value in student_state.items()}
+            save_file(student_state, self.folder / "student.pt")
         best = max(range(len(self.rows)), key=lambda index: self.rows[index]["test"])
         self.result = {
             "arguments": self.settings, "seed": self.settings["seed"], **environment(self.device),
@@ -961,7 +968,7 @@ def _cell(name, value):
 
 def environment(device):
     """Versions, commit and machine, for the record."""
-    run = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    run = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
     return {"commit": run.stdout.strip() or None, "versions": {"python": platform.python_version(), "torch": torch.__version__},
             "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{device.type} ({platform.machine()})",
             "threads": torch.get_num_threads()}
@@ -1035,8 +1042,7 @@ def train_network(name, data, learning_rates, arguments, keep=(), seed=0, title=
             optimizer.load_state_dict(record.state["optimizer"])
             restore_random_states(record.state["random"], generator)
             start = record.state["epoch"]
-        if arguments.compile:
-            network.compile()
+        compile_network(network, arguments)
         for epoch in range(start, epochs):
             optimizer.param_groups[0]["lr"] = learning_rates[epoch]
             network.train()
@@ -1055,5 +1061,10 @@ def train_network(name, data, learning_rates, arguments, keep=(), seed=0, title=
             record.epoch({"epoch": epoch + 1, "lr": learning_rates[epoch]}, {"test": test},
                          {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch + 1,
                           "random": random_states(generator)})
-        record.finish(network.state_dict())
-    return record.result, {epoch: frozen(load_weights(network, snapshot(epoch))) for epoch in keep}
+        record.finish()
+
+    def state(epoch):
+        twin = build_model(name, data.classes, data.image_size).to(arguments.device)
+        return frozen(load_weights(twin, snapshot(epoch)))
+
+    return record.result, {epoch: state(epoch) for epoch in keep}

@@ -48,9 +48,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
+from pathlib import Path
 
-from common import (F, InputError, Record, autocast, base_parser, build_model, describe, embeddings, evaluate, evaluating,
+from common import (F, InputError, Record, autocast, base_parser, build_model, compile_network, describe, embeddings, evaluate, evaluating,
                     frozen, load_data, load_weights, nn, number, open_set_report, parse, print_table, random_states,
                     restore_random_states, run_script, save_file, sgd, torch, train_network)
 
@@ -238,11 +238,10 @@ def distill(student, route, data, arguments, record):
         optimizer.load_state_dict(state["optimizer"])
         restore_random_states(state["random"], generator)
         stage, epoch, plan, curves = state["stage"], state["epoch"], state["plan"], state["curves"]
-    if arguments.compile:
-        student.compile()
+    compile_network(student, arguments)
     while stage < len(plan):
         record.epochs = len(plan) * length
-        for epoch in range(epoch, length):  # noqa: B020, PLW2901  (a resumed stage starts in its middle)
+        for epoch in range(epoch, length):  # noqa: B020  (a resumed stage starts in its middle)
             # Eq. (8) within one stage, else the stage's own anchor
             anchor = plan[stage] or one_stage_anchor(epoch, math.ceil(E / N), E)
             optimizer.param_groups[0]["lr"] = rates[epoch]
@@ -449,7 +448,6 @@ def main():
     for seed in arguments.seed:
         several = len(arguments.seed) > 1
         out = f"{arguments.out}/seed-{seed}" if several else arguments.out
-        from pathlib import Path
         tables.append(run_seed(argparse.Namespace(**{**vars(arguments), "seed": seed, "out": Path(out)})))
     columns = {"test": ".2f", "best": ".2f", "kl_final": ".4f", "rank1": ".1f", "verification": ".1f", "epochs": ".0f",
                "cost": ".1f", "seconds": ".0f"}
