@@ -136,7 +136,6 @@ CHANNEL_STATISTICS = {  # mean and standard deviation of the training pixels in 
     "fashionmnist": ((0.2860,) * 3, (0.3530,) * 3),
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
-TURN, NOISE = 0.5, 0.06
 SHAPES_TRAIN, SHAPES_TEST = 2500, 2000  # images of the embedded set
 
 
@@ -281,7 +280,7 @@ def make_shapes(count, image_size=16, seed=0):
     grid = (torch.arange(image_size) + 0.5) / image_size * 2 - 1  # pixel centres in [-1,1]
     x = grid[None, None, :] - uniform(-0.15, 0.15, 1, 1)  # (N,1,S)
     y = grid[None, :, None] - uniform(-0.15, 0.15, 1, 1)  # (N,S,1)
-    turn, size = uniform(-TURN, TURN, 1, 1), uniform(0.65, 0.95, 1, 1)
+    turn, size = uniform(-0.5, 0.5, 1, 1), uniform(0.65, 0.95, 1, 1)
     u, v = (x * turn.cos() + y * turn.sin()) / size, (y * turn.cos() - x * turn.sin()) / size  # (N,S,S)
     u = u * uniform(0.85, 1.15, 1, 1)  # a slight stretch
     index = (torch.atan2(v, u) * 180 / math.pi).floor().long() % 360
@@ -293,7 +292,7 @@ def make_shapes(count, image_size=16, seed=0):
     back = uniform(0.0, 0.4, 3, 1, 1) + uniform(-0.2, 0.2, 3, 1, 1) * x[:, None] + uniform(-0.2, 0.2, 3, 1, 1) * y[:, None]
     front = uniform(0.45, 1.0, 3, 1, 1)  # brighter than the background, in a colour of its own
     images = cover * front + (1 - cover) * back  # (N,3,S,S)
-    images += NOISE * torch.randn(images.shape, generator=generator)
+    images += 0.06 * torch.randn(images.shape, generator=generator)
     return (images.clamp(0, 1) * 255).round().to(torch.uint8), labels, silhouette > 0.5
 
 
@@ -995,9 +994,10 @@ def print_table(tables, columns, title):
 
 
 # ------------------------------------------------------------------------- 6. training one network, cached on disk
-def sgd(parameters, arguments, learning_rate=None):
-    return torch.optim.SGD(parameters, learning_rate or arguments.learning_rate, arguments.momentum,
-                           weight_decay=arguments.weight_decay)
+def sgd(parameters, arguments):
+    """SGD with the shared flags; `fused` does one step in one call instead of several a tensor."""
+    return torch.optim.SGD(parameters, arguments.learning_rate, arguments.momentum,
+                           weight_decay=arguments.weight_decay, fused=True)
 
 
 def train_network(name, data, learning_rates, arguments, keep=(), seed=0, title="teacher"):
@@ -1036,7 +1036,7 @@ def train_network(name, data, learning_rates, arguments, keep=(), seed=0, title=
     else:
         print(f"{title}: training {name} for {epochs} epochs")
         generator = torch.Generator().manual_seed(seed)
-        optimizer, start = sgd(network.parameters(), arguments, learning_rates[0]), 0
+        optimizer, start = sgd(network.parameters(), arguments), 0
         if record.state:
             network.load_state_dict(record.state["network"])
             optimizer.load_state_dict(record.state["optimizer"])

@@ -54,16 +54,15 @@ from common import (F, InputError, Record, autocast, base_parser, build_model, c
                     frozen, load_data, load_weights, nn, number, open_set_report, parse, print_table, random_states,
                     restore_random_states, run_script, save_file, sgd, torch, train_network)
 
-DEFAULTS = {  # flags by data set; every one of them can be given by hand
-    "shapes": dict(teacher="resnet20", student="resnet8x0.5", epochs=8, batch_size=64, learning_rate=0.05,
-                   momentum=0.9, weight_decay=5e-4),
-    "cifar100": dict(teacher="resnet50", student="mobilenetv2", epochs=240, batch_size=64, learning_rate=0.05,
-                     momentum=0.9, weight_decay=5e-4),
-    "imagenet": dict(teacher="resnet50", student="mobilenet_v2", epochs=90, batch_size=256, learning_rate=0.1,
-                     momentum=0.9, weight_decay=1e-4),
+RECIPE = {"learning_rate": 0.05, "momentum": 0.9, "weight_decay": 5e-4, "batch_size": 64}
+SMALL = {"teacher": "resnet20", "student": "resnet8x0.5", "epochs": 24, **RECIPE}
+DEFAULTS = {  # flags by data set; each can be given by hand
+    "shapes": {**SMALL, "teacher": "resnet14", "epochs": 8, "learning_rate": 0.1},
+    "fashionmnist": SMALL, "cifar10": SMALL, "folder": SMALL, "tinyimagenet": SMALL,
+    "cifar100": {**SMALL, "teacher": "resnet50", "student": "mobilenetv2", "epochs": 240},
+    "imagenet": {"teacher": "resnet50", "student": "mobilenet_v2", "epochs": 90, "learning_rate": 0.1,
+                 "momentum": 0.9, "weight_decay": 1e-4, "batch_size": 256},
 }
-for _name in ("fashionmnist", "cifar10", "folder", "tinyimagenet"):
-    DEFAULTS[_name] = dict(DEFAULTS["shapes"], epochs=24)
 ANCHORS = {"eei": 4, "one-stage": 24, "greedy": 24, "kd": 1}
 
 
