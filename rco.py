@@ -426,7 +426,11 @@ def run_seed(arguments):
             return run_one(run, record_of(run, arguments.out / folder))
 
         chosen_rows += [control(run.strategy, strategy=run.strategy, anchors=None) for run in others]
-        controls = [control("alone", strategy="kd", anchors=1, weight=0.0, transfer="kd", stage_epochs=None)]
+        result, alone = train_network(arguments.student, data, learning_rates(arguments.learning_rate, E), arguments,
+                                      seed=arguments.seed, title="student alone")
+        controls = [{"run": "student alone", "best": result["best_test"], "epochs": E, "cost": 1.0,
+                     "seconds": result["seconds"], "test": test_accuracy(alone[E], data, arguments),
+                     **measures(alone[E], route, data, arguments)}]
         transfers = dict.fromkeys(("kd", arguments.transfer))
         controls += [control(f"{name}-1", strategy="kd", anchors=1, transfer=name, stage_epochs=None) for name in transfers]
         lengths = sorted({row["epochs"] for row in chosen_rows} - {arguments.epochs})
