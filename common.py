@@ -884,7 +884,8 @@ class Record:
                 raise InputError(f"{path} is of another run: {key} was {theirs.get(key)}, now {value}; choose another --out")
 
     def _reset(self):
-        self.sums, self.correct, self.steps, self.images, self.training_seconds = {}, None, 0, 0, 0.0
+        self.sums, self.steps, self.images, self.training_seconds = {}, 0, 0, 0.0
+        self.correct, self.classifies = torch.zeros((), dtype=torch.long, device=self.device), False
 
     @property
     def seconds(self):
@@ -898,7 +899,8 @@ class Record:
         for name, value in terms.items():
             self.sums[name] = self.sums.get(name, 0) + value.detach().float() * len(labels)
         if logits is not None:  # a method that trains no classifier has no training accuracy
-            self.correct = (self.correct or 0) + (logits.detach().argmax(1) == labels).sum()
+            self.correct += (logits.detach().argmax(1) == labels).sum()
+            self.classifies = True
         self.images, self.steps = self.images + len(labels), self.steps + 1
         if self.device.type == "cpu" or self.steps % 50 == 0:
             self._check_finite()
@@ -923,10 +925,8 @@ class Record:
         self.fresh_rows += 1
         left = (time.time() - self.started) / self.fresh_rows * max(0, self.epochs - len(self.rows) - 1)
         row = {**before, **{name: value.item() / self.images for name, value in self.sums.items()},
-               "train": 100 * int(self.correct or 0) / self.images, **after,
+               **({"train": 100 * self.correct.item() / self.images} if self.classifies else {}), **after,
                "img/s": self.images / max(self.training_seconds, 1e-9), "s": self.seconds}
-        if self.correct is None:
-            del row["train"]
         self.rows.append(row)
         cells = {**row, "left": f"{left / 60:.1f}m" if left < 5400 else f"{left / 3600:.1f}h"}
         if self.fresh_rows == 1:
