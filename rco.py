@@ -228,7 +228,7 @@ def distill(student, route, data, arguments, record):
     E, length, N = arguments.epochs, arguments.stage_epochs, arguments.anchors
     candidates = sorted(route) if arguments.teacher_weights else equal_epoch_anchors(E, N)
     plan = {"eei": candidates, "greedy": candidates[:1], "one-stage": [None], "kd": [E] * N}[arguments.strategy]
-    rates, curve_epochs = learning_rates(arguments.learning_rate, length), sorted(route)
+    rates, curve_epochs = learning_rates(arguments.student_learning_rate, length), sorted(route)
     generator = torch.Generator().manual_seed(arguments.seed)  # one stream of batches for all stages
     optimizer, stage, epoch, curves = sgd(student.parameters(), arguments), 0, 0, []
     if record.state:
@@ -348,6 +348,8 @@ def parse_args(argv=None):
     add("--temperature", type=number(float, 0, low_allowed=False), default=4.0, metavar="T", help="eq. (1); default: 4")
     add("--weight", type=number(float, 0), default=1.0, metavar="LAMBDA", help="weight of the KL term, eq. (2); default: 1")
     add("--hint-weight", type=number(float, 0), default=1.0, metavar="MU", help="weight of the hint, eq. (3); default: 1")
+    add("--student-learning-rate", type=number(float, 0, low_allowed=False), metavar="LR",
+        help="initial rate of every student; default: --learning-rate, a tenth of it for mimic, whose sum over D is steep")
     add("--stage-epochs", type=number(int, 1), metavar="E", help="epochs of one stage; default: --epochs")
     add("--compare", nargs="*", choices=list(ANCHORS), metavar="STRATEGY",
         help="run the controls too, and any further strategies named here; prints one table")
@@ -378,6 +380,7 @@ def variant(arguments, **flags):
     if run.teacher_weights and run.strategy != "kd":
         run.anchors = len(run.teacher_weights)
     run.stage_epochs = run.stage_epochs or run.epochs
+    run.student_learning_rate = run.student_learning_rate or run.learning_rate * (0.1 if run.transfer == "mimic" else 1)
     return run
 
 
@@ -426,9 +429,9 @@ def run_seed(arguments):
             return run_one(run, record_of(run, arguments.out / folder))
 
         chosen_rows += [control(run.strategy, strategy=run.strategy, anchors=None) for run in others]
-        result, alone = train_network(arguments.student, data, learning_rates(arguments.learning_rate, E), arguments,
-                                      seed=arguments.seed, title="student alone")
-        controls = [{"run": "student alone", "best": result["best_test"], "epochs": E, "cost": 1.0,
+        rates = learning_rates(variant(arguments, transfer="kd").student_learning_rate, E)
+        result, alone = train_network(arguments.student, data, rates, arguments, seed=arguments.seed, title="student alone")
+        controls = [{"run": "student alone", "best": None if arguments.class_means else result["best_test"], "epochs": E, "cost": 1.0,
                      "seconds": result["seconds"], "test": test_accuracy(alone[E], data, arguments),
                      **measures(alone[E], route, data, arguments)}]
         transfers = dict.fromkeys(("kd", arguments.transfer))
