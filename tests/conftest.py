@@ -1,4 +1,4 @@
-"""The tests run on one thread, so that equal means equal to the bit, and import the scripts from the folder above."""
+"""One thread, so that equal means equal to the bit; and the scripts of the folder above."""
 
 import sys
 from pathlib import Path

@@ -1,0 +1,512 @@
+"""RCO against its specification: every line of its section 11, oracles, gradients, tiny runs.
+
+The oracles are numpy in float64, written from the equations; goldens are typed from the
+specification (six decimals), beside them the numbers that the usual mistakes would give.
+The runs call `rco.run_seed` in process on a few hundred shapes and watch it through spies.
+"""
+
+import json
+import math
+from argparse import Namespace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import common
+import rco
+
+DIGITS = 1e-6  # the goldens have six decimals
+Z_S, Z_T, Y = [[1, 2, 3], [0, 0, 0]], [[3, 2, 1], [1, -1, 0]], [2, 0]
+F_S, F_T = [[1, 2, 0], [0, -1, 3]], [[0, 2, 0], [2, 1, 3]]
+
+
+def log_p(z, T=1.0):
+    """Eq. (1), its logarithm, (B,C)."""
+    z = np.asarray(z, float) / T
+    return z - np.log(np.exp(z).sum(1, keepdims=True))
+
+
+def kl(teacher, student, T=1.0):
+    """Mean over the batch of sum_c p_t (log p_t - log p_s), from logits."""
+    a, b = log_p(teacher, T), log_p(student, T)
+    return (np.exp(a) * (a - b)).sum(1).mean()
+
+
+def ce(z, y):
+    return -log_p(z)[np.arange(len(y)), y].mean()
+
+
+def next_by_hand(kl, i, delta):
+    """Eqs. (10), (11): the first crossing among i < j < N, indices from 1."""
+    crossings = [j for j in range(i + 1, len(kl)) if (kl[j - 1] - kl[i - 1]) / kl[i - 1] > delta]
+    return max(crossings[0] - 1, i + 1) if crossings else len(kl)
+
+
+def tensor(values, grad=False):
+    return torch.tensor(np.asarray(values, float), requires_grad=grad)
+
+
+# --------------------------------------------------------------------- losses, eqs. (1) to (4)
+@pytest.mark.parametrize("T, value, scaled, wrong", [
+    (1, 0.708319, 0.708319, 0.729707), (2, 0.199289, 0.797155, 0.200907),
+    (4, 0.051495, 0.823916, 0.051601)])
+def test_kl_golden(T, value, scaled, wrong):
+    found = rco.softened_kl(tensor(Z_S), tensor(Z_T), T).item()
+    assert (found, T**2 * found) == pytest.approx((value, scaled), abs=DIGITS)
+    assert kl(Z_S, Z_T, T) == pytest.approx(wrong, abs=DIGITS)  # reversed
+    assert abs(found - wrong) > 1e-5
+
+
+@pytest.mark.parametrize("settings, value", [
+    ((1, 4), 1.577025), ((1, 1), 1.461428), ((0.5, 4), 1.165067), ((0, 4), 0.753109),
+    ((), 1.577025)])  # the last: the defaults
+def test_kd_golden(settings, value):
+    found = rco.kd_loss(tensor(Z_S), tensor(Z_T), torch.tensor(Y), *settings)
+    assert found.shape == () and found.item() == pytest.approx(value, abs=DIGITS)
+
+
+@pytest.mark.parametrize("listed, computed", [
+    pytest.param(0.804604, ce(Z_S, Y) + kl(Z_T, Z_S, 4), id="no T^2"),
+    pytest.param(1.027748, ce(Z_S, Y) + 16 * kl(Z_T, Z_S, 4) / 3, id="mean"),
+    pytest.param(1.578730, ce(Z_S, Y) + 16 * kl(Z_S, Z_T, 4), id="reversed KL"),
+    pytest.param(1.771817, ce(np.exp(log_p(Z_S)), Y) + 16 * kl(Z_T, Z_S, 4), id="softmax twice"),
+    pytest.param(0.788513, 0.5 * ce(Z_S, Y) + 0.5 * 16 * kl(Z_T, Z_S, 4), id="a = 0.5 mix"),
+    pytest.param(2.400941, ce(Z_S, Y) + 16 * 2 * kl(Z_T, Z_S, 4), id="sum over the batch")])
+def test_the_value_betrays_the_mistake(listed, computed):
+    assert computed == pytest.approx(listed, abs=DIGITS)
+    assert abs(rco.kd_loss(tensor(Z_S), tensor(Z_T), torch.tensor(Y), 1, 4).item() - listed) > 1e-5
+
+
+def test_gradient_and_feature_goldens():
+    z_s = tensor(Z_S, grad=True)
+    rco.kd_loss(z_s, tensor(Z_T), torch.tensor(Y), 1, 4).backward()
+    golden = [[-0.284892, 0.122364, 0.162528], [-0.505125, 0.324783, 0.180342]]
+    assert z_s.grad.numpy() == pytest.approx(np.array(golden), abs=DIGITS)
+    assert rco.hint_loss(tensor(F_S), tensor(F_T)).item() == 2.25
+    assert rco.mimic_loss(tensor(F_S), tensor(F_T)).item() == 4.5
+    assert np.square(np.subtract(F_S, F_T)).mean() == 1.5  # F.mse_loss, which divides by D too
+
+
+@pytest.mark.parametrize("batch, width, weight, T", [(5, 7, 1, 4), (1, 3, 0.3, 1), (8, 20, 2.5, 2)])
+def test_losses_and_gradients_on_random_input(batch, width, weight, T):
+    """Eqs. (2) to (4) and closed-form gradients: the student's; the teacher gets none."""
+    random = np.random.default_rng(batch)
+    a, b, y = *random.normal(0, 2, (2, batch, width)), random.integers(0, width, batch)
+    hot, squared = np.eye(width)[y], np.square(a - b).sum(1).mean()
+    labels, soft = torch.tensor(y), np.exp(log_p(a, T)) - np.exp(log_p(b, T))
+    for loss, value, gradient in (
+            (lambda s, t: rco.kd_loss(s, t, labels, weight, T),
+             ce(a, y) + weight * T**2 * kl(b, a, T), np.exp(log_p(a)) - hot + weight * T * soft),
+            (rco.hint_loss, squared / 2, a - b), (rco.mimic_loss, squared, 2 * (a - b))):
+        student, teacher = tensor(a, grad=True), tensor(b, grad=True)
+        found = loss(student, teacher)
+        found.backward()
+        assert found.shape == () and found.item() == pytest.approx(value, rel=1e-12)
+        assert student.grad.numpy() == pytest.approx(gradient / batch, rel=1e-9, abs=1e-12)
+        assert teacher.grad is None
+        assert torch.autograd.gradcheck(loss, (student, teacher.detach()))
+
+
+@pytest.mark.parametrize("loss", [rco.hint_loss, rco.mimic_loss])
+@pytest.mark.parametrize("other", [(3, 5), (2, 4), (1, 4), (3, 1), (4,)])
+def test_feature_losses_refuse_unequal_shapes(loss, other):
+    with pytest.raises(ValueError, match="3, 4"):
+        loss(torch.zeros(3, 4), torch.zeros(other))
+
+
+class Toy(nn.Module):
+    def __init__(self, seed, width):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.embed, self.head = nn.Linear(6, width), nn.Linear(width, 4)
+        self.adapter = nn.Linear(width, 5)
+
+
+@pytest.mark.parametrize("transfer, names", [
+    ("kd", ["ce", "kl"]), ("hint", ["ce", "kl", "hint"]), ("mimic", ["mimic"])])
+def test_one_step_follows_the_total_loss(transfer, names):
+    """Terms and gradients of (2), of (2) + mu (3), of (4) alone; none for the teacher."""
+    student, teacher, weight, T, mu = Toy(0, 3), Toy(1, 5), 0.7, 3.0, 0.3
+    arguments = Namespace(transfer=transfer, weight=weight, temperature=T, hint_weight=mu,
+                          precision="fp32", device=torch.device("cpu"))
+    x, y, still = torch.randn(9, 6), torch.arange(9) % 4, torch.optim.SGD(student.parameters(), 0.0)
+    terms, logits = rco.train_step(student, teacher, still, x, y, arguments)
+    f_s, f_t = student.embed(x), teacher.embed(x).detach()
+    z_s, log_t = student.head(f_s), (teacher.head(f_t) / T).log_softmax(1).detach()
+    squared = (student.adapter(f_s) - f_t).pow(2).sum(1).mean()
+    part = {"ce": -z_s.log_softmax(1)[torch.arange(9), y].mean(), "mimic": squared,
+            "kl": (log_t.exp() * (log_t - (z_s / T).log_softmax(1))).sum(1).mean(),
+            "hint": squared / 2}
+    factor = {"ce": 1, "kl": weight * T**2, "hint": mu, "mimic": 1}
+    wanted = torch.autograd.grad(sum(factor[name] * part[name] for name in names),
+                                 student.parameters(), materialize_grads=True, allow_unused=True)
+    for parameter, gradient in zip(student.parameters(), wanted):
+        found = torch.zeros_like(gradient) if parameter.grad is None else parameter.grad
+        torch.testing.assert_close(found, gradient, rtol=1e-4, atol=1e-6)
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+    assert list(terms) == names
+    assert all(terms[name].item() == pytest.approx(part[name].item(), rel=1e-5) for name in names)
+    assert logits is None if transfer == "mimic" else torch.equal(logits, z_s)
+
+
+# ------------------------------------------------- anchors and rates, eqs. (7), (8), (10) to (12)
+@pytest.mark.parametrize("epochs, count, anchors", [
+    (240, 1, [240]), (240, 3, [80, 160, 240]), (240, 4, [60, 120, 180, 240]), (10, 3, [3, 6, 10]),
+    (25, 4, [6, 12, 18, 25]), (7, 7, [1, 2, 3, 4, 5, 6, 7])])
+def test_equal_epoch_anchors(epochs, count, anchors):
+    assert rco.equal_epoch_anchors(epochs, count) == anchors
+    for none in (0, epochs + 1):
+        with pytest.raises(ValueError, match=str(none)):
+            rco.equal_epoch_anchors(epochs, none)
+
+
+@pytest.mark.parametrize("epoch, gap, epochs, anchor", [
+    (0, 10, 240, 10), (9, 10, 240, 10), (10, 10, 240, 20), (239, 10, 240, 240), (24, 10, 25, 25),
+    (0, 240, 240, 240), (3, 1, 10, 4)])
+def test_one_stage_anchor(epoch, gap, epochs, anchor):
+    assert rco.one_stage_anchor(epoch, gap, epochs) == anchor
+
+
+A = [1, 1.2, 1.5, 1.79, 1.81, 2.5]
+
+
+@pytest.mark.parametrize("kl, current, threshold, chosen", [
+    (A, 1, 0.8, 4), ([100 * value for value in A], 1, 0.8, 4), (A, 1, 0.4, 2), (A, 1, 1.6, 6),
+    ([1, 2, 3, 4], 1, 0.8, 2),  # the guard: j - 1 would be 1 again
+    ([1, 1.1, 9], 1, 0.8, 3),  # H_N is not tested; if it were: 2
+    ([1, 1.2, 2.5, 1.1, 1, 1], 1, 0.8, 2),  # the first crossing wins
+    ([5, 1, 1.5, 2, 9, 9], 2, 0.8, 3), ([1, 1.5, 1.5], 3, 0.8, 3),  # current > 1
+    ([1, 0.5, 0.4, 0.3], 1, 0.8, 4), ([4, 9], 1, 0.8, 2),  # falling KL; N = 2
+    ([1, 1.25, 1.5, 1.5, 1.5], 1, 0.5, 5)])  # r = 0.5 exactly: no crossing
+def test_next_anchor(kl, current, threshold, chosen):
+    assert rco.next_anchor(kl, current, threshold) == chosen == next_by_hand(kl, current, threshold)
+
+
+def test_greedy_search_ends_on_the_final_teacher():
+    """Whatever the curves: the indices rise, the last is N, at most N stages."""
+    random = np.random.default_rng(0)
+    for N in [1, 2, 3, 8, 24] * 10:
+        path = [1]
+        while path[-1] < N:
+            path.append(rco.next_anchor(random.uniform(0.1, 3, N).tolist(), path[-1], 0.8))
+            assert path[-1] > path[-2]
+        assert path[-1] == N and len(path) <= N
+
+
+def test_learning_rates():
+    """Eq. (12): the listed exponents, the whole of E = 240, E = 1, E not a multiple of 4."""
+    rates = rco.learning_rates(0.05, 240)
+    exponents = {0: 0, 59: 0, 60: 1, 119: 1, 120: 2, 179: 2, 180: 3, 239: 3}
+    assert {e: round(math.log10(0.05 / rates[e]), 9) for e in exponents} == exponents
+    assert rates == pytest.approx([0.05] * 60 + [5e-3] * 60 + [5e-4] * 60 + [5e-5] * 60, rel=1e-12)
+    assert rco.learning_rates(0.05, 1) == [0.05]
+    assert rco.learning_rates(1, 10) == pytest.approx([1] * 3 + [.1] * 2 + [.01] * 3 + [.001] * 2)
+
+
+# ----------------------------------------------------------------------------- route_kl, eq. (9)
+def scaled(factor):
+    linear = nn.Linear(3, 3, bias=False)
+    linear.weight.data = factor * torch.eye(3)
+    return linear
+
+
+FACTORS, X = (0.5, 1.5, 3), np.array([[1.0, 2, 3], [0, 0, 0], [2, -1, 0]])
+ROUTE = [scaled(factor) for factor in FACTORS]
+
+
+def test_route_kl_golden():
+    for T, golden in ((1, [0.071442, 0.029211, 0.136410]), (4, [0.005933, 0.005724, 0.077090])):
+        found = rco.route_kl(scaled(1), ROUTE, tensor(X).float(), T)
+        assert found == pytest.approx(golden, abs=DIGITS) and all(type(h) is float for h in found)
+        wrong = [kl(X, k * X, T) for k in FACTORS]  # reversed
+        assert T != 1 or wrong == pytest.approx([0.059194, 0.037526, 0.344838], abs=DIGITS)
+        assert np.abs(np.subtract(found, wrong)).min() > 1e-5
+
+
+def test_route_kl_weights_chunks_by_their_size():
+    """One tensor (two chunks inside), unequal batches and the oracle agree."""
+    x = np.random.default_rng(3).normal(size=(620, 3)) * np.linspace(0.5, 4, 620)[:, None]
+    images = tensor(x).float()
+    parts = [(images[:7], None), (images[7:300], None), (images[300:], None)]
+    wanted = pytest.approx([kl(k * x, x, 2) for k in FACTORS], rel=1e-5)
+    assert rco.route_kl(scaled(1), ROUTE, images, 2) == wanted
+    assert rco.route_kl(scaled(1), ROUTE, iter(parts), 2) == wanted
+    unweighted = np.mean([rco.route_kl(scaled(1), ROUTE, part, 2) for part, _ in parts], axis=0)
+    assert not np.allclose(unweighted, wanted.expected, rtol=0.05)
+
+
+class Probe(nn.Module):
+    def forward(self, x):
+        self.seen = (self.training, torch.is_grad_enabled())
+        return x
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_route_kl_evaluates_without_gradients_and_leaves_no_trace(training):
+    """Batch norm by its own statistics; modes, parameters and buffers as before."""
+    networks, logits = [], []
+    for k in (1, 0.5, 3):
+        networks.append(nn.Sequential(scaled(k), nn.BatchNorm1d(3), Probe()).train(training))
+        networks[-1][1].running_mean += k
+        networks[-1][1].running_var *= 2 + k
+        logits.append((k * X - k) / np.sqrt(2 + k + 1e-5))
+    before = [clone(network) for network in networks]
+    found = rco.route_kl(networks[0], networks[1:], tensor(X).float(), 2)
+    assert found == pytest.approx([kl(z, logits[0], 2) for z in logits[1:]], rel=1e-5)
+    for network, state in zip(networks, before):
+        assert network[2].seen == (False, False) and same(clone(network), state)
+        assert all(module.training == training for module in network.modules())
+
+
+# ------------------------------------------------------------------------------------------ runs
+TINY = "--device cpu --teacher resnet8 --student resnet8x0.5 --epochs 3 --batch-size 50"
+RATES = [0.1 * 0.1**k for k in (0, 1, 2)]  # eq. (12) for E = 3
+
+
+def clone(network):
+    return {name: value.clone() for name, value in network.state_dict().items()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def play(patch, out, flags, images=240):
+    """One seed of rco.py under spies: its steps, greedy choices, data, route and result."""
+    trace = SimpleNamespace(steps=[], choices=[], out=out)
+    step, route, choose = rco.train_step, rco.teacher_route, rco.next_anchor
+
+    def spy_step(student, teacher, optimizer, images, labels, arguments):
+        entry = SimpleNamespace(
+            images=images, labels=labels, teacher=teacher, before=clone(student),
+            lr=optimizer.param_groups[0]["lr"], momentum=len(optimizer.state),
+            modes=[{part.training for part in network.modules()} for network in (student, teacher)])
+        trace.steps.append(entry)
+        result = step(student, teacher, optimizer, images, labels, arguments)
+        entry.after = clone(student)
+        return result
+
+    def spy_route(data, arguments):
+        found = route(data, arguments)
+        trace.data, trace.route = data, found[0]
+        trace.stored = {epoch: clone(network) for epoch, network in trace.route.items()}
+        return found
+
+    def spy_choice(kl, current, threshold):
+        trace.choices.append((kl, current, choose(kl, current, threshold)))
+        return trace.choices[-1][-1]
+
+    patch.setattr(common, "SHAPES_TRAIN", images)
+    patch.setattr(common, "SHAPES_TEST", 200)
+    patch.setattr(rco, "train_step", spy_step)
+    patch.setattr(rco, "teacher_route", spy_route)
+    patch.setattr(rco, "next_anchor", spy_choice)
+    arguments = rco.parse_args(f"{TINY} {flags}".split())
+    trace.row = rco.run_seed(Namespace(**{**vars(arguments), "seed": 0, "out": out}))[-1]
+    trace.result = json.loads((out / "result.json").read_text())
+    trace.student = torch.load(out / "student.pt", weights_only=True)
+    size = len(trace.steps) // len(trace.result["rows"])  # steps an epoch
+    trace.epochs = [trace.steps[k:k + size] for k in range(0, len(trace.steps), size)]
+    trace.stages = [trace.steps[k:k + 3 * size] for k in range(0, len(trace.steps), 3 * size)]
+    return trace
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """flags -> trace; each run once, all with the same teacher."""
+    folder, memory = tmp_path_factory.mktemp("rco"), {}
+
+    def once(flags):
+        if flags not in memory:
+            with pytest.MonkeyPatch.context() as patch:
+                memory[flags] = play(patch, folder / str(len(memory)), f"--cache {folder} {flags}")
+        return memory[flags]
+    return once
+
+
+def test_route_holds_the_states_of_one_run(run):
+    """Eq. (5): C_e is, to the bit, the state after epoch e of the plain loop written here."""
+    trace = run("--anchors 3")
+    network = common.build_model("resnet8", 20, 16, seed=1000)
+    optimizer = torch.optim.SGD(network.parameters(), 0.1, 0.9, weight_decay=5e-4, fused=True)
+    generator = torch.Generator().manual_seed(1000)
+    assert sorted(trace.route) == [1, 2, 3]
+    for epoch, optimizer.param_groups[0]["lr"] in enumerate(RATES, 1):
+        for images, labels in trace.data.train.augmented(50, generator):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(network(images), labels).backward()
+            optimizer.step()
+        assert same(trace.stored[epoch], clone(network))
+    for name in ("head.weight", "stem.0.weight", "stem.1.running_mean"):  # not the last one thrice
+        assert all(not torch.equal(trace.stored[a][name], trace.stored[b][name])
+                   for a, b in ((1, 2), (2, 3), (1, 3)))
+
+
+def test_route_keeps_every_anchor_asked_for(monkeypatch):
+    def train(name, data, rates, arguments, keep, **rest):
+        assert rates == pytest.approx([0.3 * 0.1 ** (4 * e // 50) for e in range(50)])
+        return {"rows": [{"test": 1.0}] * len(rates), "seconds": 0}, dict.fromkeys(keep)
+    monkeypatch.setattr(rco, "train_network", train)
+    arguments = rco.parse_args("--device cpu --epochs 50 --learning-rate 0.3".split())
+    arguments.seed, arguments.needed, arguments.class_means = 0, {7, 11}, False
+    route = rco.teacher_route(None, arguments)[0]
+    assert {7, 11, 50} <= set(route) and max(route) == 50
+
+
+def test_teacher_weights_are_the_route(run, tmp_path):
+    trace, files = run("--anchors 3"), [str(tmp_path / f"{epoch}.pt") for epoch in (1, 2, 3)]
+    for epoch, file in enumerate(files, 1):
+        torch.save(trace.stored[epoch], file)
+    arguments = rco.parse_args([*TINY.split(), "--teacher-weights", *files])
+    arguments.class_means = False
+    route, accuracy, _ = rco.teacher_route(trace.data, arguments)
+    assert list(route) == [1, 2, 3]
+    for epoch, network in route.items():
+        assert same(clone(network), trace.stored[epoch]) and not network.training
+        assert accuracy[epoch] == dict(trace.result["teacher_test"])[epoch]
+
+
+def test_eei_with_one_anchor_is_plain_kd_and_weight_zero_the_student_alone(run):
+    plain, trace = run("--strategy kd --anchors 1").student, run("--strategy kd --weight 0")
+    assert same(run("--anchors 1").student, plain)
+    assert not same(run("--anchors 2").student, run("--strategy kd --anchors 2").student)
+    arguments = rco.parse_args(f"{TINY} --cache {trace.out}".split())
+    alone = common.train_network("resnet8x0.5", trace.data, RATES, arguments, seed=0)[1]
+    assert same(trace.student, clone(alone[3])) and not same(trace.student, plain)
+
+
+@pytest.mark.parametrize("flags", [
+    "--anchors 3", "--anchors 2 --transfer hint", "--strategy kd --anchors 2",
+    "--strategy greedy --threshold 1e6"])
+def test_stages_go_on_from_the_weights_alone(run, flags):
+    """Eq. (6): weights and buffers go on; momentum and rate start anew, batches do not repeat."""
+    trace = run(flags)
+    assert len(trace.stages) >= 2
+    for before, after in zip(trace.stages, trace.stages[1:]):
+        assert same(after[0].before, before[-1].after)
+        assert not torch.equal(before[0].labels, after[0].labels)
+    for stage in trace.stages:
+        assert [step.momentum > 0 for step in stage] == [False] + [True] * (len(stage) - 1)
+    rates = [{step.lr for step in epoch} for epoch in trace.epochs]
+    assert rates == [{rate} for rate in RATES] * len(trace.stages)
+    assert all(step.modes == [{True}, {False}] for step in trace.steps)  # student, teacher
+    final = trace.steps[-1].after  # the last weights, not the best
+    assert same(trace.student, {k: v for k, v in final.items() if not k.startswith("adapter.")})
+    assert final["stem.1.num_batches_tracked"] == len(trace.steps)  # evaluation adds nothing
+
+
+@pytest.mark.parametrize("flags, used, chosen", [
+    ("--anchors 1", [3] * 3, [3]), ("--anchors 3", [1] * 3 + [2] * 3 + [3] * 3, [1, 2, 3]),
+    ("--anchors 2", [1] * 3 + [3] * 3, [1, 3]), ("--stage-epochs 1", [1, 2, 3], [1, 2, 3]),
+    ("--anchors 2 --transfer hint", [1] * 3 + [3] * 3, [1, 3]),
+    ("--anchors 2 --transfer mimic", [1] * 3 + [3] * 3, [1, 3]),
+    ("--strategy one-stage --anchors 2", [2, 2, 3], ["one-stage"]),
+    ("--strategy one-stage", [1, 2, 3], ["one-stage"]),
+    ("--strategy kd --anchors 2", [3] * 6, [3, 3]),
+    ("--strategy greedy --threshold 1e6", [1] * 3 + [3] * 3, [1, 3])])
+def test_anchors_used_and_left_as_they_were(run, flags, used, chosen):
+    """Eqs. (7), (8), section 5: the teacher of every step, epoch by epoch; the record agrees."""
+    trace = run(flags)
+    for epoch, network in trace.route.items():
+        assert same(clone(network), trace.stored[epoch])
+        assert all(p.grad is None and not p.requires_grad for p in network.parameters())
+    epoch_of = {id(network): epoch for epoch, network in trace.route.items()}
+    found = [{epoch_of[id(step.teacher)] for step in epoch} for epoch in trace.epochs]
+    assert found == [{epoch} for epoch in used]
+    assert [row["anchor"] for row in trace.result["rows"]] == used
+    assert trace.result["anchors"] == chosen and trace.row["cost"] == len(used) / 3
+
+
+@pytest.mark.parametrize("choice", [None, lambda kl, current, threshold: current + 1])
+def test_greedy_measures_the_current_student(run, tmp_path, monkeypatch, choice):
+    """Eq. (9) on X' for the student as its stage left it, then eq. (11), until C_E."""
+    if choice:  # the longest way: N stages
+        monkeypatch.setattr(rco, "next_anchor", choice)
+    cache = run("--anchors 1").out.parent
+    trace = play(monkeypatch, tmp_path / "out", f"--strategy greedy --threshold 0 --cache {cache}")
+    held, student, truth = trace.data.validation, common.build_model("resnet8x0.5", 20, 16), []
+    for stage in trace.stages:
+        student.load_state_dict(stage[-1].after)
+        with torch.no_grad():
+            z_s, *z_t = (network.eval()(held.normalise(held.images)).double().numpy()
+                         for network in (student, *(trace.route[e] for e in (1, 2, 3))))
+        truth.append([kl(z, z_s, 4) for z in z_t])
+    anchors = trace.result["anchors"]
+    assert anchors[-1] == 3 and anchors == sorted(set(anchors)) and len(anchors) == len(truth)
+    assert [current for _, current, _ in trace.choices] == anchors[:-1]
+    for (found, current, chosen), wanted, following in zip(trace.choices, truth, anchors[1:]):
+        assert found == pytest.approx(wanted, rel=1e-3, abs=1e-6)
+        assert chosen == following == (choice or next_by_hand)(wanted, current, 0)
+    assert trace.row["kl_final"] == pytest.approx(truth[-1][-1], rel=1e-3, abs=1e-6)
+    if choice:
+        assert anchors == [1, 2, 3]
+        assert not np.allclose(truth[0], truth[1], rtol=0.02)  # an earlier student's would not do
+
+
+def test_held_out_images_are_never_trained_on(tmp_path, monkeypatch):
+    """X' is cut from the training set; the batches, left uncropped here, hold the rest alone."""
+    monkeypatch.setattr(common, "crop_and_flip", lambda images, *offsets: images)
+    trace = play(monkeypatch, tmp_path / "out", f"--anchors 2 --cache {tmp_path}")
+
+    def pixels(images):
+        return {image.contiguous().numpy().tobytes() for image in images}
+    train, held, test = trace.data.train, trace.data.validation, trace.data.test
+    trained = set().union(*(pixels(step.images) for step in trace.steps))
+    assert trained == pixels(train.normalise(train.images))
+    assert not trained & pixels(held.normalise(held.images)) and len(held) >= 20
+    assert pixels(train.images) | pixels(held.images) == pixels(common.make_shapes(240, 16, 0)[0])
+    assert not pixels(held.images) & pixels(test.images)
+
+
+@pytest.mark.parametrize("transfer", ["hint", "mimic"])
+def test_adapter_where_widths_differ_trains_and_goes_on(run, transfer):
+    """From stage to stage, and into student.pt only where it is part of the student."""
+    trace = run(f"--anchors 2 --transfer {transfer}")
+    for name, shape in (("adapter.weight", (64, 32)), ("adapter.bias", (64,))):
+        first, second = (stage[0].before[name] for stage in trace.stages)
+        last = trace.steps[-1].after[name]
+        assert first.shape == shape and torch.equal(second, trace.stages[0][-1].after[name])
+        assert not torch.equal(first, second) and not torch.equal(second, last)
+        assert (name in trace.student) == (transfer == "mimic")
+        assert transfer == "hint" or torch.equal(trace.student[name], last)
+    arguments = Namespace(student="resnet8x0.5", seed=0, device="cpu", transfer=transfer)
+    equal = rco.build_student(SimpleNamespace(classes=20, image_size=16), 32, arguments)
+    assert isinstance(equal.adapter, nn.Identity)
+
+
+def test_a_student_learns_the_shapes(tmp_path, monkeypatch):
+    """20 classes, chance 5 %: the student must pass 25 %, and near C_E on X' as it trains."""
+    trace = play(monkeypatch, tmp_path / "out", f"--cache {tmp_path} --strategy one-stage "
+                 "--anchors 2 --teacher resnet8x0.5 --epochs 5 --learning-rate 0.2 --batch-size 32",
+                 images=2000)
+    rows = trace.result["rows"]
+    assert trace.row["test"] == trace.result["last_test"] == rows[-1]["test"] > 25
+    assert rows[-1]["kl_final"] < rows[0]["kl_final"] and rows[-1]["ce"] < rows[0]["ce"]
+
+
+# ------------------------------------------------------------------------------- argument errors
+@pytest.mark.parametrize("flags, word", [
+    ("--epochs 3 --anchors 4", "--anchors 4"), ("--anchors 0", "--anchors"),
+    ("--strategy greedy --epochs 3 --anchors 4", "--anchors 4"),
+    ("--strategy one-stage --epochs 3 --anchors 4", "--anchors 4"),
+    ("--strategy greedy --transfer mimic", "greedy"), ("--student resnet9", "resnet9"),
+    ("--compare greedy --transfer mimic", "greedy"),
+    ("--strategy one-stage --stage-epochs 5", "--stage-epochs"),
+    ("--teacher nonsense", "nonsense"), ("--weight -1", "--weight"), ("--threshold -1", "--thresh"),
+    ("--temperature 0", "--temperature"), ("--train-fraction 0", "--train-fraction"),
+    ("--train-fraction 2", "--train-fraction"), ("--teacher-weights a b --anchors 3", "2 states")])
+def test_argument_errors_are_one_line(flags, word, capsys):
+    with pytest.raises(SystemExit) as stop:
+        rco.parse_args(flags.split())
+    out, err = capsys.readouterr()
+    assert (stop.value.code, out) == (2, "") and word in err
+    assert err.count("\n") == 1 and err.endswith("\n")
+
+
+def test_a_batch_larger_than_the_training_set_is_refused(tmp_path, monkeypatch):
+    with pytest.raises(common.InputError, match="--batch-size 500"):
+        play(monkeypatch, tmp_path, "--batch-size 500")
+    assert not list(tmp_path.iterdir())  # before anything is written
