@@ -960,7 +960,8 @@ class Record:
             self._same(theirs, finished)
         elif checkpoint.exists():
             self.state = load_file(checkpoint)
-            if not isinstance(self.state, dict) or {"settings", "rows", "seconds"} - set(self.state):
+            whole = {"settings", "rows", "seconds"}
+            if not isinstance(self.state, dict) or whole - set(self.state):
                 raise InputError(f"{checkpoint} is not of this project; choose another --out")
             self._same(self.state["settings"], checkpoint)
             self.rows, self.before = self.state["rows"], self.state["seconds"]
@@ -1121,7 +1122,7 @@ def train_network(name, data, learning_rates, arguments, keep=(), seed=0, title=
     held = {int(path.stem.removeprefix("epoch-")) for path in folder.glob("epoch-*.pt")}
     done = epochs if record.result else len(record.rows)
     if {epoch for epoch in keep if epoch <= done} - held:
-        keep |= held
+        keep = keep | held
         for stale in ("result.json", "checkpoint.pt"):
             (folder / stale).unlink(missing_ok=True)
         record = Record(folder, settings, True, arguments.device)

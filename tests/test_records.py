@@ -566,7 +566,7 @@ def script(*argv, **environment):
 def test_help_lists_every_flag_without_importing_torch(tmp_path):
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch" / "__init__.py").write_text("raise ImportError('torch was imported')")
-    printed = script(ROOT / "rco.py", "--help", PYTHONPATH=str(tmp_path))
+    printed = script("rco.py", "--help", PYTHONPATH=str(tmp_path))
     source = (ROOT / "common.py").read_text() + (ROOT / "rco.py").read_text()
     flags = re.findall(r'add\("(--[a-z-]+)"', source)
     assert len(flags) > 25
@@ -610,3 +610,40 @@ def test_cifar100_from_its_own_archive(tmp_path):
     assert final_table(printed)["eei"]["test"] == f"{result['last_test']:.2f}"
     assert np.isfinite([list(row.values()) for row in result["rows"]]).all()
     assert torch.load(tmp_path / "run" / "student.pt")["head.weight"].shape == (100, 32)
+
+
+# ------------------------------------------------------------------- what the first readers found
+def test_a_machine_without_git(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert drive(tmp_path / "run", [1.0]).finish()["commit"] is None
+
+
+def test_a_teacher_of_ones_own(run, tmp_path):
+    torch.save(common.build_model("resnet8", 20, 16).state_dict(), tmp_path / "w.pt")
+    flags = ["--strategy", "kd", "--anchors", 1, "--teacher-weights", tmp_path / "w.pt"]
+    run(tmp_path / "run", *flags)
+    assert "w.pt" in result_of(tmp_path / "run")["arguments"]["teacher_weights"]
+    run(tmp_path / "run", *flags, "--resume")
+
+
+@pytest.mark.parametrize("name", ["resnet8xnan", "resnet8xinf", "resnet8x0.25", "resnet9", "vgg16"])
+def test_networks_that_do_not_exist_are_refused(name, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        rco.parse_args(["--student", name])
+    assert f"no network is called '{name}'" in capsys.readouterr().err
+
+
+def test_only_the_states_asked_for_come_back(train):
+    train(keep=(1,))
+    assert sorted(train(keep=(2,))[1]) == sorted(train(keep=(2,))[1]) == [2, 3]
+
+
+def test_a_result_without_arguments_is_damaged(tmp_path):
+    (tmp_path / "result.json").write_text('{"arguments": null, "rows": []}')
+    with pytest.raises(common.InputError, match="damaged"):
+        drive(tmp_path, [1.0], resume=True)
+
+
+def test_no_control_is_trained_twice(run, tmp_path):
+    table = run(tmp_path, "--strategy", "kd", "--anchors", 1, "--compare")
+    assert "±" not in table and list(final_table(table)) == ["teacher", "student alone", "kd"]
