@@ -1123,6 +1123,8 @@ def train_network(name, data, learning_rates, arguments, keep=(), seed=0, title=
     done = epochs if record.result else len(record.rows)
     if {epoch for epoch in keep if epoch <= done} - held:
         keep = keep | held
+        for stale in folder.glob("epoch-*.pt"):
+            stale.unlink()
         for stale in ("result.json", "checkpoint.pt"):
             (folder / stale).unlink(missing_ok=True)
         record = Record(folder, settings, True, arguments.device)

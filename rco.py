@@ -13,7 +13,7 @@ from easy to hard; each stage goes on from the student of the last.
     f_s, f_t   student_feature, teacher_feature   (B,D)             enters the classifier
     E          epochs                             int               of the teacher, and of a stage
     C_e        route[e]                           network           teacher after epoch e = 1..E
-    N          anchors                            int               states used, or offered (greedy)
+    N          anchors                            int               states used, offered; kd: stages
     H_j        kl[j-1]                            float             KL of candidate j and student
     delta      threshold                          float             limit on the growth r_ij of H
     X'         data.validation                    (M,3,H,W)         held-out training images
@@ -39,7 +39,7 @@ UNKNOWN in the paper, chosen here: T = 4, lambda = 1, T^2; optimiser, learning r
 augmentation; a fresh optimiser and schedule in each stage; the last, not the best, weights of a
 stage; the first greedy anchor (candidate 1); the candidate grid (every E/24 epochs); T inside H
 (as in the loss); mu = 1 and the adapter r (linear where the widths differ, else the identity); the
-mimic formula, its accuracy by class means and its smaller learning rate; seeds.
+mimic formula, its accuracy by class means, its smaller learning rate; MobileNetV2's width; seeds.
 Second-hand (PAPER*): the form CE + lambda KL, delta = 0.8, ResNet-50 -> MobileNetV2.
 Inferred: 240 epochs a stage (totals of Table 7), drops at 25, 50, 75 % (Fig. 3), C_E last.
 Departures: the printed greedy loop can stall, so (11) moves on by at least one candidate; X' is cut
@@ -190,7 +190,12 @@ def class_mean_scores(network, data, arguments):
     vectors, labels = embeddings(network, data.train, arguments, embedder(network))  # (N,D), (N,)
     means = torch.stack([vectors[labels == c].mean(0) for c in range(data.classes)])  # (C,D)
     means = F.normalize(means, dim=1)
-    return lambda images: F.normalize(embedder(network)(images).float(), dim=1) @ means.T
+
+    def scores(images):
+        unit = F.normalize(embedder(network)(images).float(), dim=1)  # (B,D)
+        with torch.autocast(arguments.device.type, enabled=False):  # cosines lie close together
+            return unit @ means.T  # (B,C)
+    return scores
 
 
 def test_accuracy(network, data, arguments):
@@ -258,7 +263,8 @@ def distill(student, route, data, arguments, record):
     """
     E, N, length, T = (arguments.epochs, arguments.anchors, arguments.stage_epochs,
                        arguments.temperature)
-    candidates = sorted(route) if arguments.teacher_weights else equal_epoch_anchors(E, N)
+    candidates = (sorted(route) if arguments.teacher_weights
+                  else equal_epoch_anchors(E, min(N, E)))  # under kd, N counts stages
     plan = {"eei": candidates, "greedy": candidates[:1], "one-stage": [None],
             "kd": [E] * N}[arguments.strategy]
     rates = learning_rates(arguments.student_learning_rate, length)
@@ -314,7 +320,8 @@ def measures(network, route, data, arguments):
         found["kl_final"] = route_kl(network, [route[max(route)]], data.validation.batches(),
                                      arguments.temperature)[0]
     if data.unseen:
-        found |= open_set_report(*embeddings(network, data.unseen, arguments, embedder(network)))
+        forward = embedder(network) if arguments.transfer == "mimic" else None
+        found |= open_set_report(*embeddings(network, data.unseen, arguments, forward))
     return found
 
 
@@ -416,6 +423,8 @@ def parse_args(argv=None):
     if arguments.strategy != "kd" and (arguments.anchors or 1) > arguments.epochs:
         parser.error(f"--anchors {arguments.anchors}: the route has {arguments.epochs} states")
     files = len(arguments.teacher_weights or ())
+    if files and "one-stage" in strategies and arguments.epochs % files:
+        parser.error("one-stage: the number of --teacher-weights must divide --epochs")
     if files > arguments.epochs:
         parser.error(f"--teacher-weights: {files} states of a route of {arguments.epochs} epochs")
     if files and arguments.strategy != "kd" and (arguments.anchors or files) != files:
@@ -484,8 +493,8 @@ def run_seed(arguments):
     add(chosen, "")
     if arguments.compare is not None:
         for run in further:
-            add(run, run.strategy)
-        totals = sorted({row["epochs"] for row in rows.values()} - {E})
+            add(run, f"compare-{run.strategy}")
+        totals = sorted({row["epochs"] for row in rows.values()})
         once = {"strategy": "kd", "anchors": 1, "stage_epochs": None}
         plain = variant(arguments, **once, transfer="kd")
         result, alone = train_network(

@@ -487,6 +487,10 @@ def test_a_student_learns_the_shapes(tmp_path, monkeypatch):
     assert rows[-1]["kl_final"] < rows[0]["kl_final"] and rows[-1]["ce"] < rows[0]["ce"]
 
 
+def test_kd_may_have_more_stages_than_the_route_has_states(run):
+    assert len(run("--strategy kd --anchors 4 --stage-epochs 1").result["rows"]) == 4
+
+
 # ------------------------------------------------------------------------------- argument errors
 @pytest.mark.parametrize("flags, word", [
     ("--epochs 3 --anchors 4", "--anchors 4"), ("--anchors 0", "--anchors"),
@@ -495,6 +499,7 @@ def test_a_student_learns_the_shapes(tmp_path, monkeypatch):
     ("--strategy greedy --transfer mimic", "greedy"), ("--student resnet9", "resnet9"),
     ("--compare greedy --transfer mimic", "greedy"),
     ("--strategy one-stage --stage-epochs 5", "--stage-epochs"),
+    ("--strategy one-stage --epochs 3 --teacher-weights a b", "must divide"),
     ("--teacher nonsense", "nonsense"), ("--weight -1", "--weight"), ("--threshold -1", "--thresh"),
     ("--temperature 0", "--temperature"), ("--train-fraction 0", "--train-fraction"),
     ("--train-fraction 2", "--train-fraction"), ("--teacher-weights a b --anchors 3", "2 states")])
