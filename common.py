@@ -291,7 +291,9 @@ def make_shapes(count, image_size=16, seed=0):
     same images. Returns images (N,3,S,S) uint8, labels (N,) int64, masks (N,S,S) bool (the
     silhouette; the hole of a hollow shape belongs to it).
 
-    @@SHAPES@@
+    Room to teach, measured with rco.py's default pair and budget (resnet14, resnet8x0.5, 8 epochs),
+    mean ± standard deviation of 5 seeds: teacher 64.4 ± 4.0 %, student alone 44.7 ± 4.5 %, plain KD
+    45.5 ± 8.7 %: 20 points of gap; that KD is ahead is true of the mean, well inside the spread.
     """
     generator = torch.Generator().manual_seed(seed)
 

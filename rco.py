@@ -46,7 +46,7 @@ Departures: the printed greedy loop can stall, so (11) moves on by at least one 
 from the training set. Not reproduced: ImageNet, MegaFace, Tables 1-6. The paper's percentages are
 not claimed for this code.
 
-    python rco.py                       embedded shapes; 2 CPU cores: under a minute
+    python rco.py                       embedded shapes; 2 CPU cores: about a minute
     python rco.py --compare             with its controls; 2 CPU cores: 2 to 4 minutes
     python rco.py --dataset cifar100    ResNet-50 -> MobileNetV2, 240 epochs a stage: not yet run
 """
