@@ -71,10 +71,15 @@ def number(kind, low, high=math.inf, low_allowed=True):
     return convert
 
 
-def base_parser(description, defaults):
-    """The flags all scripts share. `defaults`: {data set: {flag: value}}, applied by `parse`."""
+def base_parser(description, defaults, online=False, networks=None):
+    """The flags all scripts share.
+
+    `defaults`: {data set: {flag: value}}, or a function of the arguments that gives {flag: value};
+    `parse` applies them. `online`: teachers start from scratch, there is no --teacher-weights.
+    `networks`: nargs of --teacher and --student, for methods that train several of them.
+    """
     parser = Parser(description=description)
-    parser.defaults_by_dataset = defaults
+    parser.chosen_defaults = defaults
     positive = number(float, 0, low_allowed=False)
     add = parser.add_argument_group("data and networks").add_argument
     add("--dataset", default="shapes", choices=DATASETS,
@@ -86,10 +91,11 @@ def base_parser(description, defaults):
         help="share of every class's training images to use (default: 1)")
     add("--open-set", type=number(int, 0), default=0, metavar="K",
         help="keep the last K classes out of training, test recognition on them (default: 0)")
-    add("--teacher", metavar="NAME", help="network of the teacher")
-    add("--student", metavar="NAME", help="network of the student")
-    add("--teacher-weights", type=Path, nargs="+", metavar="FILE",
-        help="your own teacher, as a plain state dict")
+    add("--teacher", nargs=networks, metavar="NAME", help="network of the teacher")
+    add("--student", nargs=networks, metavar="NAME", help="network of the student")
+    if not online:
+        add("--teacher-weights", type=Path, nargs="+", metavar="FILE",
+            help="your own teacher, as a plain state dict")
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=number(int, 1), metavar="E", help="epochs of the teacher")
     add("--batch-size", type=number(int, 2), metavar="B", help="images a step")
@@ -119,10 +125,12 @@ def parse(parser, argv=None):
                  if flag not in silent and value != parser.get_default(flag)]
         name = "-".join([Path(parser.prog).stem, arguments.dataset, *typed])
         arguments.out = Path("runs") / re.sub(r"[^\w.]+", "-", name).strip("-")[:150]
-    for flag, value in parser.defaults_by_dataset[arguments.dataset].items():
+    defaults = parser.chosen_defaults
+    for flag, value in (defaults(arguments) if callable(defaults)
+                        else defaults[arguments.dataset]).items():
         if getattr(arguments, flag) is None:
             setattr(arguments, flag, value)
-    for name in (arguments.teacher, arguments.student):
+    for name in np.hstack([arguments.teacher, arguments.student]).tolist():
         if name not in MODELS and _resnet_plan(name) is None:
             parser.error(_unknown_network(name))
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
@@ -549,7 +557,8 @@ def _decode(paths, size):
 # ---------------------------------------------------------------------------------------- 3. models
 MODELS = ("resnet8", "resnet14", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110",
           "resnet8x4", "resnet32x4", "wrn_16_1", "wrn_16_2", "wrn_40_1", "wrn_40_2", "wrn_16_8",
-          "vgg8", "vgg13", "mobilenetv2", "resnet18", "resnet34", "resnet50", "mobilenet_v2")
+          "wrn_16_10", "vgg8", "vgg13", "mobilenetv2", "resnet18", "resnet34", "resnet50",
+          "mobilenet_v2")
 
 
 class Network(nn.Module):
@@ -967,6 +976,8 @@ class Record:
                 raise InputError(f"{checkpoint} is not of this project; choose another --out")
             self._same(self.state["settings"], checkpoint)
             self.rows, self.before = self.state["rows"], self.state["seconds"]
+            if "log" in self.state:
+                self._cut_log(self.state["log"])
         self.begin(0)
 
     def _same(self, theirs, path):
@@ -981,7 +992,7 @@ class Record:
         self._new_epoch()
 
     def _new_epoch(self):
-        self.sums, self.steps, self.images, self.training = {}, 0, 0, 0.0
+        self.sums, self.counts, self.steps, self.images, self.training = {}, {}, 0, 0, 0.0
         self.correct, self.classifies = torch.zeros((), dtype=torch.long, device=self.device), False
 
     @property
@@ -991,28 +1002,33 @@ class Record:
     def step(self, terms, logits, labels, steps=None):
         """Add a batch: `terms` maps a loss term's name to its 0-dim tensor; logits (B,C) or None.
 
-        A term that is not finite stops the run; on a GPU within 50 steps, since reading it at
-        every step would make the GPU wait.
+        A term may be a float, or None where this batch has none: its mean is over the other
+        images. A term that is not finite stops the run; a tensor on a GPU within 50 steps, since
+        reading it at every step would make the GPU wait.
         """
         if self.steps == 0:
             self.tick = time.time()
         for name, value in terms.items():
-            self.sums[name] = self.sums.get(name, 0) + value.detach().float() * len(labels)
+            count = 0 if value is None else len(labels)
+            value = value.detach().float() if isinstance(value, torch.Tensor) else value or 0.0
+            self.sums[name] = self.sums.get(name, 0.0) + value * len(labels)
+            self.counts[name] = self.counts.get(name, 0) + count
         if logits is not None:
             self.correct += (logits.detach().argmax(1) == labels).sum()
             self.classifies = True
         self.images, self.steps = self.images + len(labels), self.steps + 1
-        if self.device.type == "cpu" or self.steps % 50 == 0:
+        here = self.device.type == "cpu" or isinstance(next(iter(self.sums.values())), float)
+        if here or self.steps % 50 == 0:
             self._check_finite()
             if sys.stdout.isatty() and time.time() - self.shown > 0.5:
                 self.shown = time.time()
-                means = [f"{name} {value.item() / self.images:.4f}"
+                means = [f"{name} {float(value) / max(1, self.counts[name]):.4f}"
                          for name, value in self.sums.items()]
                 print(f"  step {self.steps}/{steps or '?'} ", *means, end="\033[K\r", flush=True)
 
     def _check_finite(self):
         for name, value in self.sums.items():
-            if not math.isfinite(value.item()):
+            if not math.isfinite(float(value)):
                 raise InputError(
                     f"the loss term '{name}' is not finite (row {len(self.rows) + 1} of the log); "
                     f"lower --learning-rate or the term's weight, and choose another --out")
@@ -1022,26 +1038,32 @@ class Record:
         self._check_finite()
         self.training = time.time() - self.tick
 
-    def epoch(self, before, after, state):
+    def epoch(self, before, after, state, steps=None):
         """Finish an epoch: print its row, write log.csv, then the checkpoint with `state`.
 
         The row is `before`, the mean of each loss term, the training accuracy, `after`, speed.
+        `steps`: rows, a dict for each step of the epoch, for a finer log.csv than a row an epoch.
         """
-        row = {**before, **{name: value.item() / self.images for name, value in self.sums.items()}}
+        row = {**before, **{name: float(value) / self.counts[name] if self.counts[name] else None
+                            for name, value in self.sums.items()}}
         if self.classifies:
             row["train"] = 100 * self.correct.item() / self.images
         row |= {**after, "img/s": self.images / max(self.training, 1e-9), "s": self.seconds}
         self.rows, self.fresh = [*self.rows, row], self.fresh + 1
         left = (time.time() - self.started) / self.fresh * max(0, self.epochs - len(self.rows))
-        cells = {name: value if isinstance(value, int) else format(value, FORMATS.get(name, ".4f"))
-                 for name, value in row.items()} | {"left": f"{left / 60:.1f}m"}
+        cells = {name: "-" if value is None else value if isinstance(value, int)
+                 else format(value, FORMATS.get(name, ".4f")) for name, value in row.items()}
+        cells["left"] = f"{left / 60:.1f}m"
         if self.fresh == 1:
             print("  " + " ".join(f"{name:>9}" for name in cells))
         clear = "\033[K" if sys.stdout.isatty() else ""
         print(clear + "  " + " ".join(f"{cell:>9}" for cell in cells.values()), flush=True)
-        self.write_log()
-        save_file({**state, "rows": self.rows, "seconds": self.seconds, "settings": self.settings},
-                  self.folder / "checkpoint.pt")
+        state = {**state, "rows": self.rows, "seconds": self.seconds, "settings": self.settings}
+        if steps is None:
+            self.write_log()
+        else:
+            state["log"] = self._append_log(steps)
+        save_file(state, self.folder / "checkpoint.pt")
         self._new_epoch()
 
     def write_log(self):
@@ -1052,6 +1074,24 @@ class Record:
             writer.writeheader()
             writer.writerows(self.rows)
         os.replace(partial, self.folder / "log.csv")
+
+    def _append_log(self, rows):
+        """Add `rows`, dicts of the same keys in the whole run, to log.csv; returns its size."""
+        first = len(self.rows) == 1
+        with open(self.folder / "log.csv", "w" if first else "a", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            if first:
+                writer.writeheader()
+            writer.writerows(rows)
+            return file.tell()
+
+    def _cut_log(self, size):
+        """Drop from a log.csv of steps what a killed run wrote after its last checkpoint."""
+        log = self.folder / "log.csv"
+        if not log.exists() or log.stat().st_size < size:
+            raise InputError(f"{log} is missing or shorter than its checkpoint says; choose "
+                             "another --out")
+        os.truncate(log, size)
 
     def finish(self, student_state=None, **more):
         """Write student.pt (a plain state dict) and result.json, remove the checkpoint."""
