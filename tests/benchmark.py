@@ -20,6 +20,7 @@ import torch.nn.functional as F  # noqa: E402
 
 import common  # noqa: E402
 import rco  # noqa: E402
+import switokd  # noqa: E402
 
 
 def seconds(function, device):
@@ -103,6 +104,48 @@ def rco_row(device, precision, teacher, student, size, batch, steps):
     return 1000 * mine / len(ready), 1000 * least / len(ready), ratio
 
 
+def switokd_row(device, precision, teacher, student, size, batch, steps, mode):
+    """A step in `mode`; its floor has the passes of that mode alone, in expert mode no backward
+    and no graph of the teacher."""
+    arguments = switokd.parse_args(["--teacher", teacher, "--student", student,
+                                    "--device", str(device), "--precision", precision])
+    arguments.seed = 0
+    data = common.load_data("shapes", image_size=size, device=device)
+    part = slice(steps * batch)
+    split = common.Split(data.train.images[part], data.train.labels[part], data.train.mean,
+                         data.train.std)
+    ours, bare = ([network[0] for network in switokd.build_networks(data, arguments)]
+                  for _ in range(2))
+    our_sgd, bare_sgd = ([common.sgd(net.parameters(), arguments) for net in pair]
+                         for pair in (ours, bare))
+    generator = torch.Generator().manual_seed(0)
+    ready = list(split.augmented(batch, generator))
+    record = common.Record(tempfile.mkdtemp(), {}, False, device)
+    switokd.choose_mode = lambda *_: mode
+
+    def step():
+        for images, labels in split.augmented(batch, generator):
+            found = switokd.train_step(*ours, *our_sgd, images, labels)
+            record.step({"L_s": found["student_loss"], "L_t": found["teacher_loss"]}, None, labels)
+
+    def floor():
+        for images, labels in ready:
+            with torch.set_grad_enabled(mode == "learning"):
+                z_t = bare[1](images)
+            z_s = bare[0](images)
+            pairs = [(z_s, z_t, bare_sgd[0]), (z_t, z_s, bare_sgd[1])]
+            for own, peer, optimizer in pairs if mode == "learning" else pairs[:1]:
+                loss = F.cross_entropy(own, labels) + F.kl_div(
+                    F.log_softmax(own, 1), F.log_softmax(peer.detach(), 1), reduction="batchmean",
+                    log_target=True)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+
+    mine, least, ratio = in_turns(step, floor, device)
+    return 1000 * mine / len(ready), 1000 * least / len(ready), ratio
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -114,16 +157,21 @@ def main():
     print("loader, 32x32, batch 64, crop and flip    images/s")
     print(f"  whole batches (common.py)               {mine:8.0f}")
     print(f"  torchvision, image by image             {theirs:8.0f}    {ratio:.1f} times as fast\n")
-    print(f"{'step, teacher -> student, side, batch':44} {'':9}     ms   floor  ratio")
+    print(f"{'step, teacher -> student, side, batch':54} {'':5}     ms   floor  ratio")
     pairs = [("resnet14", "resnet8x0.5", 16, 64), ("resnet20", "resnet8", 32, 64)]
     if cuda:
         pairs += [("resnet50", "mobilenetv2", 32, 64), ("wrn_40_2", "wrn_16_2", 32, 64)]
     for pair in pairs:
         for precision in ("fp32", "bf16"):
             steps = 20 if cuda or precision == "fp32" else 2  # bf16 crawls on CPUs without AVX512
-            mine, floor, ratio = rco_row(device, precision, *pair, steps)
-            label = "rco {} -> {}, {}, {}".format(*pair)
-            print(f"  {label:42} {precision:9} {mine:6.1f} {floor:7.1f} {ratio:6.2f}", flush=True)
+            setting = (device, precision, *pair, steps)
+            for name, row in (("rco", rco_row), ("switokd learning", switokd_row),
+                              ("switokd expert", switokd_row)):
+                mode = name.split()[1:]
+                mine, floor, ratio = row(*setting, *mode)
+                label = "{} {} -> {}, {}, {}".format(name, *pair)
+                print(f"  {label:52} {precision:5} {mine:6.1f} {floor:7.1f} {ratio:6.2f}",
+                      flush=True)
 
 
 if __name__ == "__main__":
