@@ -97,7 +97,7 @@ def base_parser(description, defaults, online=False, networks=None):
         add("--teacher-weights", type=Path, nargs="+", metavar="FILE",
             help="your own teacher, as a plain state dict")
     add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=number(int, 1), metavar="E", help="epochs of the teacher")
+    add("--epochs", type=number(int, 1), metavar="E", help="epochs of a training")
     add("--batch-size", type=number(int, 2), metavar="B", help="images a step")
     add("--learning-rate", type=positive, metavar="LR", help="initial learning rate of SGD")
     add("--momentum", type=number(float, 0, 1), metavar="M", help="momentum of SGD")
@@ -111,7 +111,7 @@ def base_parser(description, defaults, online=False, networks=None):
     add("--compile", action="store_true", help="torch.compile the networks that learn")
     add("--out", type=Path, metavar="DIR", help="folder of the records (default: runs/...)")
     add("--cache", type=Path, default=Path("runs/cache"), metavar="DIR",
-        help="folder of trained teachers, shared by all runs (default: runs/cache)")
+        help="folder of networks trained alone, shared by all runs (default: runs/cache)")
     add("--resume", action="store_true", help="go on with the run in --out")
     return parser
 

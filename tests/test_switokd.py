@@ -288,6 +288,9 @@ def test_unequal_shapes_are_refused(other):
     for function in (switokd.kl_to, switokd.distillation_gap):
         with pytest.raises(ValueError, match=r"\(2, 3\)"):
             function(torch.zeros(2, 3), torch.zeros(other))
+    for labels in (torch.zeros(1), torch.zeros(2, 1), torch.zeros(3)):
+        with pytest.raises(ValueError, match=r"\(2, 3\)"):
+            switokd.label_distance(torch.zeros(2, 3), labels.long())
 
 
 # ------------------------------------------------------------------------------- one step of a pair
@@ -307,7 +310,7 @@ def test_switches(case, switch, mode):
 
 @pytest.mark.parametrize("switch", ["always", "fixed", "fixed:", "fixed:x", "fixed:nan", ""])
 def test_an_unknown_switch_is_refused(switch):
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=f"{switch!r}: a switch is"):
         step(CASES["A"][:2], switch=switch)
 
 
@@ -681,9 +684,12 @@ def test_what_a_run_leaves(finished, topology):
     stopped = [list(np.all(expert, axis=0))] if topology == "1t2s" else expert
     assert found["paused"] == pytest.approx(100 * np.mean(stopped))
     assert found["paused_updates"] == [sum(teacher) for teacher in stopped]
-    assert found["switches"] == sum(a != b for pair in expert for a, b in zip(pair, pair[1:]))
-    runs = [len(list(group)) for pair in expert for key, group in itertools.groupby(pair) if key]
-    assert found["expert_run"] == pytest.approx(np.mean(runs))
+    assert found["switches"] == sum(a != b for one in stopped for a, b in zip(one, one[1:]))
+    runs = [len(list(group)) for one in stopped for key, group in itertools.groupby(one) if key]
+    assert found["expert_run"] == pytest.approx(np.mean(runs or [0]))
+    shares = [value for key, value in result["images"].items() if key.endswith("share")]
+    assert shares == pytest.approx([1 - np.mean(one) for one in stopped])
+    assert result["images"]["each student backward"] == 3 * 240
     for name in ("student_loss", "teacher_loss"):
         for row, missing in zip(steps, stopped[0]):
             key = name if name in row else f"{name}_1"
@@ -851,6 +857,38 @@ def test_both_networks_learn_the_shapes(tmp_path, run, monkeypatch):
     rows = json.loads((tmp_path / "result.json").read_text())["rows"]
     assert min(rows[-1]["teacher"], rows[-1]["test"]) > 30
     assert rows[-1]["gap"] < max(row["gap"] for row in rows) and rows[-1]["L_s"] < rows[0]["L_s"]
+
+
+def test_the_summary_counts_the_teacher_not_the_votes():
+    """1T2S: alternating split votes never pause the teacher; 2T1S: two teachers, 3 + 1 pauses."""
+    e, w = "expert", "learning"
+    votes = [[e, w], [w, e], [e, e], [e, e], [w, w], [e, e]]
+    steps = [{"mode_1": a, "mode_2": b, "gap_1": 1.0, "gap_2": 2.0} for a, b in votes]
+    found = switokd.switching_summary(steps, "1t2s")
+    assert found == {"gap": 1.5, "paused": 50.0, "switches": 3, "expert_run": 1.5,
+                     "paused_updates": [3]}
+    found = switokd.switching_summary(steps[:4], "2t1s")
+    assert (found["paused_updates"], found["switches"], found["expert_run"]) == ([3, 3], 3, 2.0)
+    assert switokd.switching_summary(steps[:2], "1t2s")["paused"] == 0
+
+
+@pytest.mark.parametrize("flags, names", [
+    ("--switch never --compare adaptive", ["SwitOKD", "never paused (DML)"]),
+    ("--compare never adaptive never", ["never paused (DML)", "SwitOKD"]),
+    ("", ["SwitOKD"]), ("--switch fixed:0.2 --compare fixed:0.2", ["SwitOKD", "fixed:0.2"])])
+def test_no_rule_runs_twice(flags, names, tmp_path, run):
+    found = table(run(tmp_path, f"{TRIO['pair']} --epochs 1 {flags}"))
+    assert [name for name in found if name not in ("each network alone", "KD, finished teacher")
+            ] == names
+
+
+@pytest.mark.parametrize("flags, rates", [
+    ("", [0.01, 0.1]), ("--learning-rate 0.05", [0.05, 0.05]), ("--student resnet8", [0.1, 0.1]),
+    ("--student-learning-rate 0.2", [0.2, 0.1]),
+    ("--topology 1t2s --learning-rate 0.3 --student-learning-rate 0.1 0.2", [0.1, 0.2, 0.3])])
+def test_rates_that_were_typed_count(flags, rates):
+    arguments = switokd.parse_args(f"--device cpu --dataset cifar100 {flags}".split())
+    assert [rate[0] for rate in switokd.network_rates(arguments)] == rates
 
 
 def test_open_set(run, tmp_path):
