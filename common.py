@@ -71,12 +71,13 @@ def number(kind, low, high=math.inf, low_allowed=True):
     return convert
 
 
-def base_parser(description, defaults, online=False, networks=None):
+def base_parser(description, defaults, online=False, networks=None, fractions=None):
     """The flags all scripts share.
 
     `defaults`: {data set: {flag: value}}, or a function of the arguments that gives {flag: value};
     `parse` applies them. `online`: teachers start from scratch, there is no --teacher-weights.
-    `networks`: nargs of --teacher and --student, for methods that train several of them.
+    `networks`: nargs of --teacher and --student, `fractions` of --train-fraction, for scripts that
+    take several.
     """
     parser = Parser(description=description)
     parser.chosen_defaults = defaults
@@ -87,7 +88,8 @@ def base_parser(description, defaults, online=False, networks=None):
     add("--data", type=Path, metavar="DIR", help="where its files lie or go (default: data)")
     add("--image-size", type=number(int, 8, 1024), metavar="PX",
         help="side of the images, for shapes, folder, tinyimagenet and imagenet")
-    add("--train-fraction", type=number(float, 0, 1, False), default=1.0, metavar="F",
+    add("--train-fraction", type=number(float, 0, 1, False), nargs=fractions, metavar="F",
+        default=[1.0] if fractions else 1.0,
         help="share of every class's training images to use (default: 1)")
     add("--open-set", type=number(int, 0), default=0, metavar="K",
         help="keep the last K classes out of training, test recognition on them (default: 0)")
