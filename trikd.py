@@ -8,14 +8,14 @@ READING: all else, the form of every equation below and every constant. The pape
 and numbers are UNKNOWN to this project. This is a defensible reconstruction of the idea, not a
 reproduction.
 
-    symbol          in code                                       shape     meaning
-    x, y; e_y       images, labels                                (N,), ..  batch; one-hot (N,C)
-    T, S, A         teacher, student, anchor                      networks  large; small; frozen
-    z^T, z^S, z^A   teacher_logits, student_logits, anchor_logits (N,C)     on one augmented batch
-    p^M_tau, p^M                                                  (N,C)     softmax(z^M / tau); tau = 1
-    tau             temperature                                   scalar    of the KL terms only
-    lambda, pi, zeta   Weights(label, peer, anchor)               scalars   a triple for T, one for S
-    A_g, T_g, S_g   generation g                                  networks  A_0 pre-trained; A_g = S_g
+    symbol             in code                                        shape
+    x, y; e_y          images, labels                                 (N,3,H,W), (N,); (N,C)
+    T, S, A            teacher, student, anchor                       networks: large, small, frozen
+    z^T, z^S, z^A      teacher_logits, student_logits, anchor_logits  (N,C), on one augmented batch
+    p^M_tau, p^M                                                      (N,C), softmax(z^M / tau)
+    tau                temperature                                    scalar, of the KL terms only
+    lambda, pi, zeta   Weights(label, peer, anchor)                   scalars, one triple each
+    A_g, T_g, S_g      generation g                                   A_0 pre-trained, A_g = S_g
 
 Equations, all READING; sg detaches; sums over classes, means over the batch; CE at temperature 1.
 
@@ -25,7 +25,7 @@ Equations, all READING; sg detaches; sums over classes, means over the batch; CE
     (4)  a step minimises L_T over T's parameters and L_S over S's; A never moves
     (5)  dL_T/dz^T = lambda_T (p^T - e_y) + tau [pi_T (p^T_tau - p^S_tau) + zeta_T (p^T_tau -
          p^A_tau)], for each sample; S alike
-    (6)  tau = 1: the three terms are W times the cross-entropy to one mixture, W = the sum of weights
+    (6)  tau = 1: the three terms are W times the cross-entropy to one mixture, W: sum of weights
     (7)  fixed point, tau = 1, one sample, unlimited capacity: p^M = l_M e_y + (1 - l_M) p^A, with
          l_T = [lambda_T (lambda_S + pi_S + zeta_S) + pi_T lambda_S] / D, l_S with T and S swapped,
          D = (lambda_T + pi_T + zeta_T) (lambda_S + pi_S + zeta_S) - pi_T pi_S
@@ -34,16 +34,16 @@ Equations, all READING; sg detaches; sums over classes, means over the batch; CE
     (9) to (11) open-set recognition: see `open_set_report` in common.py
     (lr) lr(e) = lr0 * 0.1 ** (how many of 5/8, 3/4, 7/8 of the run lie behind epoch e)
 
-The theory, as far as it is ours to claim: (7) says what the fence does. With unlimited capacity both
-networks end on the straight line from the anchor's output to the label, at a place that zeta
-against lambda sets alone: the teacher then adds nothing, and every gain of a real student must come
-from what the teacher generalises better, from few data and with more capacity.
+The theory, as far as it is ours to claim: (7) says what the fence does. With unlimited capacity
+both networks end on the straight line from the anchor's output to the label, at a place set by the
+weights; with equal triples, (8), by zeta against lambda alone. The teacher then adds nothing: every
+gain of a real student must come from what the teacher generalises better.
 
-READING, the most doubtful first: the restriction as a soft KL penalty on outputs; the anchor term on
-the student too; the term from student to teacher; all weights 1 and tau = 1; a teacher from scratch
-in every generation; an anchor of the student's architecture, trained by cross-entropy and frozen;
-G = 2. UNKNOWN: every equation of the paper, direction and place of its divergence, penalty or
-constraint, whether the anchor guides the student and the teacher learns from it, weights,
+READING, the most doubtful first: the restriction as a soft KL penalty on outputs; the anchor term
+on the student too; the term from student to teacher; all weights 1 and tau = 1; a teacher from
+scratch in every generation; an anchor of the student's architecture, trained by cross-entropy and
+frozen; G = 2. UNKNOWN: every equation of the paper, direction and place of its divergence, penalty
+or constraint, whether the anchor guides the student and the teacher learns from it, weights,
 temperature, optimiser, schedule, data, pairs, generations, stopping rule, simultaneous or
 alternating steps, the face protocol, the overfitting study, the theorem, all numbers. The open-set
 and fraction studies only echo claims of the abstract at toy size.
