@@ -21,6 +21,7 @@ import torch.nn.functional as F  # noqa: E402
 import common  # noqa: E402
 import rco  # noqa: E402
 import switokd  # noqa: E402
+import trikd  # noqa: E402
 
 
 def seconds(function, device):
@@ -146,6 +147,48 @@ def switokd_row(device, precision, teacher, student, size, batch, steps, mode):
     return 1000 * mine / len(ready), 1000 * least / len(ready), ratio
 
 
+def trikd_row(device, precision, teacher, student, size, batch, steps):
+    """Its floor: the anchor's forward; forward, backward and step of teacher and student."""
+    arguments = trikd.variant(trikd.parse_args(["--device", str(device), "--precision", precision]))
+    data = common.load_data("shapes", image_size=size, device=device)
+    part = slice(steps * batch)
+    split = common.Split(data.train.images[part], data.train.labels[part], data.train.mean,
+                         data.train.std)
+    ours, bare = ([common.build_model(name, data.classes, size).to(device)
+                   for name in (student, teacher, student)] for _ in range(2))
+    ours[2], bare[2] = common.frozen(ours[2]), common.frozen(bare[2])
+    our_sgd, bare_sgd = ([common.sgd(net.parameters(), arguments) for net in nets[:2]]
+                         for nets in (ours, bare))
+    generator = torch.Generator().manual_seed(0)
+    ready = list(split.augmented(batch, generator))
+    record = common.Record(tempfile.mkdtemp(), {}, False, device)
+
+    def step():
+        for images, labels in split.augmented(batch, generator):
+            terms, logits = trikd.train_step(*ours, *our_sgd, images, labels, arguments)
+            record.step(terms, logits, labels)
+
+    def floor():
+        for images, labels in ready:
+            with common.autocast(arguments):
+                with torch.no_grad():
+                    z_a = bare[2](images)
+                z = [net(images) for net in bare[:2]]
+            log_p = [F.log_softmax(one.float(), 1) for one in (*z, z_a)]
+            loss = sum(
+                F.cross_entropy(one.float(), labels) + sum(F.kl_div(
+                    log_p[own], log_p[peer].detach(), reduction="batchmean", log_target=True)
+                    for peer in (1 - own, 2)) for own, one in enumerate(z))
+            for optimizer in bare_sgd:
+                optimizer.zero_grad()
+            loss.backward()
+            for optimizer in bare_sgd:
+                optimizer.step()
+
+    mine, least, ratio = in_turns(step, floor, device)
+    return 1000 * mine / len(ready), 1000 * least / len(ready), ratio
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -166,7 +209,7 @@ def main():
             steps = 20 if cuda or precision == "fp32" else 2  # bf16 crawls on CPUs without AVX512
             setting = (device, precision, *pair, steps)
             for name, row in (("rco", rco_row), ("switokd learning", switokd_row),
-                              ("switokd expert", switokd_row)):
+                              ("switokd expert", switokd_row), ("trikd", trikd_row)):
                 mode = name.split()[1:]
                 mine, floor, ratio = row(*setting, *mode)
                 label = "{} {} -> {}, {}, {}".format(name, *pair)
