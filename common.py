@@ -1100,7 +1100,7 @@ class Record:
         if student_state:
             save_file({name: value.detach().cpu() for name, value in student_state.items()},
                       self.folder / "student.pt")
-        tests = [row["test"] for row in self.rows]
+        tests = [-1.0 if row["test"] is None else row["test"] for row in self.rows]  # not tested
         self.result = {
             "arguments": self.settings, "seed": self.settings["seed"], **environment(self.device),
             "last_test": tests[-1], "best_test": max(tests),

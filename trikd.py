@@ -1,9 +1,12 @@
 """TriKD: Triplet Knowledge Distillation (a reconstruction).
 
-X. Wang, D. Liu, M. Kan, C. Han, Z. Wu, S. Shan. arXiv:2305.15975, 25 May 2023.
+X. Wang, D. Liu, M. Kan, C. Han, Z. Wu, S. Shan. arXiv:2305.15975, 25 May 2023; venue beyond
+arXiv: UNKNOWN. No code of the authors is known.
 PAPER, its abstract: a teacher, a student and an anchor take part; the anchor is trained before and
 delimits a subspace whose members are easy for the student to mimic; distillation runs online, the
-teacher may only express solutions in that subspace; the trained student can become the next anchor.
+teacher may only express solutions in that subspace; the trained student can become the next anchor;
+experiments on image classification and face recognition, also against overfitting, and a theory are
+said to support it. PAPER, its Figure 1: networks live in function space, inputs to outputs.
 READING: all else, the form of every equation below and every constant. The paper's equations, pairs
 and numbers are UNKNOWN to this project. This is a defensible reconstruction of the idea, not a
 reproduction.
@@ -34,19 +37,21 @@ Equations, all READING; sg detaches; sums over classes, means over the batch; CE
     (9) to (11) open-set recognition: see `open_set_report` in common.py
     (lr) lr(e) = lr0 * 0.1 ** (how many of 5/8, 3/4, 7/8 of the run lie behind epoch e)
 
-The theory, as far as it is ours to claim: (7) says what the fence does. With unlimited capacity
+Ours, not the paper's theory: (7) says what the fence does. At tau = 1 and with unlimited capacity
 both networks end on the straight line from the anchor's output to the label, at a place set by the
-weights; with equal triples, (8), by zeta against lambda alone. The teacher then adds nothing: every
-gain of a real student must come from what the teacher generalises better.
+weights; with equal triples, (8), by zeta against lambda alone. In this limit the teacher adds
+nothing: a real gain has to come from outside it, our guess from what a teacher generalises better.
 
 READING, the most doubtful first: the restriction as a soft KL penalty on outputs; the anchor term
 on the student too; the term from student to teacher; all weights 1 and tau = 1; a teacher from
 scratch in every generation; an anchor of the student's architecture, trained by cross-entropy and
-frozen; G = 2. UNKNOWN: every equation of the paper, direction and place of its divergence, penalty
-or constraint, whether the anchor guides the student and the teacher learns from it, weights,
-temperature, optimiser, schedule, data, pairs, generations, stopping rule, simultaneous or
-alternating steps, the face protocol, the overfitting study, the theorem, all numbers. The open-set
-and fraction studies only echo claims of the abstract at toy size.
+frozen; G = 2; --stop-on-validation; the KD control: (3) with a finished teacher, weights of label
+and peer, the run's tau. UNKNOWN: every equation of the paper, direction and place of its
+divergence, penalty or constraint, whether the anchor guides the student and the teacher learns from
+it, weights, temperature, optimiser, schedule, data, pairs, generations, stopping rule, simultaneous
+or alternating steps, the face protocol, the overfitting study, the theorem, all numbers: published
+numbers are not available to this project. The open-set and fraction studies only echo claims of the
+abstract at toy size.
 
     python trikd.py                       embedded shapes; 2 CPU cores: about a minute
     python trikd.py --compare             with its controls
@@ -116,10 +121,15 @@ def student_loss(student_logits, teacher_logits, anchor_logits, labels, weights,
 
 
 def label_shares(teacher_weights, student_weights):
-    """Eq. (7): (l_T, l_S), the place of the fixed point between anchor (0) and label (1)."""
+    """Eq. (7): (l_T, l_S), the place of the fixed point between anchor (0) and label (1).
+
+    (None, None) where the weights leave it open (D = 0).
+    """
     T, S = teacher_weights, student_weights
     # Eq. (7): D = (lambda_T + pi_T + zeta_T) (lambda_S + pi_S + zeta_S) - pi_T pi_S
     D = sum(T) * sum(S) - T.peer * S.peer
+    if D == 0:
+        return None, None
     # Eq. (7): l_T = [ lambda_T (lambda_S + pi_S + zeta_S) + pi_T lambda_S ] / D
     return ((T.label * sum(S) + T.peer * S.label) / D, (S.label * sum(T) + S.peer * T.label) / D)
 
@@ -131,7 +141,7 @@ def learning_rates(initial, epochs):
 
 
 def classical_scaling(squared_distances):
-    """(n,2) coordinates whose distances come nearest to the roots of `squared_distances` (n,n)."""
+    """(n,2) coordinates by classical scaling (Torgerson 1952) of `squared_distances` (n,n)."""
     D = torch.as_tensor(squared_distances, dtype=torch.float64)
     J = torch.eye(len(D), dtype=D.dtype) - 1 / len(D)
     values, vectors = torch.linalg.eigh(-0.5 * J @ D @ J)  # ascending
@@ -161,7 +171,11 @@ def train_step(student, teacher, anchor, student_optimizer, teacher_optimizer, i
     (L_T + L_S).backward()  # Eq. (4): detached targets keep the two gradients apart
     teacher_optimizer.step()
     student_optimizer.step()
-    return {"L_T": L_T, "L_S": L_S}, z_S
+    with torch.no_grad():  # the terms apart, without their weights, for the log
+        terms = {"T_ce": F.cross_entropy(z_T, labels), "T_peer": kl_to(z_S, z_T, tau),
+                 "T_anchor": kl_to(z_A, z_T, tau), "S_ce": F.cross_entropy(z_S, labels),
+                 "S_peer": kl_to(z_T, z_S, tau), "S_anchor": kl_to(z_A, z_S, tau)}
+    return terms, z_S
 
 
 def control_step(student, fixed, student_optimizer, images, labels, arguments):
@@ -174,7 +188,10 @@ def control_step(student, fixed, student_optimizer, images, labels, arguments):
     student_optimizer.zero_grad()
     L_S.backward()
     student_optimizer.step()
-    return {"L_S": L_S}, z_S
+    with torch.no_grad():
+        terms = {"S_ce": F.cross_entropy(z_S, labels),
+                 "S_kl": kl_to(z, z_S, arguments.temperature)}
+    return terms, z_S
 
 
 def distill(anchor, data, run, record, finished=None):
@@ -222,9 +239,11 @@ def distill(anchor, data, run, record, finished=None):
                                                  labels, run)
                 record.step(terms, logits, labels, len(data.train) // run.batch_size)
             record.trained()
-            tests = {"test": evaluate(student, data.test, run)}
-            if run.kind == "triplet":
-                tests = {"teacher": evaluate(teacher, data.test, run), **tests}
+            tests = {"teacher": None} if run.kind == "triplet" else {}
+            tests["test"] = None  # a small fraction has many short epochs: tested every 1 / F
+            if epoch + 1 == E or (epoch + 1) % round(1 / run.train_fraction) == 0:
+                tests |= {name: evaluate(network, data.test, run)
+                          for name, network in zip(("test", "teacher"), networks)}
             record.epoch(
                 {"gen": generation, "epoch": epoch + 1, "lr": rates[epoch]}, tests,
                 {"parts": [part.state_dict() for part in parts], "generation": generation,
@@ -232,7 +251,7 @@ def distill(anchor, data, run, record, finished=None):
         for role, network in zip(("student", "teacher"), networks):
             save_file({key: value.cpu() for key, value in network.state_dict().items()},
                       record.folder / f"{role}-{generation}.pt")
-        found = [*found, {"generation": generation, "seconds": record.seconds, **measures(
+        found = [*found, {"generation": generation, **measures(
             student, teacher, anchor, data, run)}]
         anchor, generation, start = frozen(student), generation + 1, 0  # A_g = S_g
         if run.stop_on_validation and len(found) > 1:
@@ -245,30 +264,36 @@ def distill(anchor, data, run, record, finished=None):
 
 
 # --------------------------------------------------------------------------------------- 4. results
-def mean_kl(target, network, split, arguments):
-    """(mean KL(p^target || p^network) in nats, top-1 agreement in %), tau = 1, eval mode."""
-    kl, agree = 0.0, 0
-    with evaluating(target, network), autocast(arguments):
-        for images, _ in split.batches():
-            z, z_other = target(images).float(), network(images).float()  # (N,C)
-            kl += len(images) * kl_to(z, z_other).item()
-            agree += (z.argmax(1) == z_other.argmax(1)).sum().item()
-    return kl / len(split), 100 * agree / len(split)
+def all_logits(network, split, arguments):
+    """(N,C) float32 logits of the images in their order, eval mode."""
+    with evaluating(network), autocast(arguments):
+        return torch.cat([network(images).float() for images, _ in split.batches()])
 
 
 def measures(student, teacher, anchor, data, arguments):
-    """Accuracies of a generation in %, and how its networks agree on the held-out images."""
+    """Accuracies of a generation in %, and how its networks agree on the test images."""
     found = {"test": evaluate(student, data.test, arguments),
-             "student_train": evaluate(student, data.train, arguments),
-             "validation": evaluate(student, data.validation, arguments)}
+             "student_train": evaluate(student, data.train, arguments)}
+    if len(data.validation):
+        found["validation"] = evaluate(student, data.validation, arguments)
+    if data.unseen:
+        found |= open_set_report(*embeddings(student, data.unseen, arguments))
     if teacher:
         found |= {"teacher": evaluate(teacher, data.test, arguments),
                   "teacher_train": evaluate(teacher, data.train, arguments)}
-        found["kl_ts"], found["agree"] = mean_kl(teacher, student, data.validation, arguments)
-        found["kl_at"] = mean_kl(anchor, teacher, data.validation, arguments)[0]
-    if data.unseen:
-        found |= open_set_report(*embeddings(student, data.unseen, arguments))
+        z_S, z_T, z_A = (all_logits(network, data.test, arguments)
+                         for network in (student, teacher, anchor))
+        found |= {"kl_ts": kl_to(z_T, z_S).item(), "kl_at": kl_to(z_A, z_T).item(),
+                  "agree": 100 * (z_T.argmax(1) == z_S.argmax(1)).double().mean().item()}
+        if data.unseen:
+            report = open_set_report(*embeddings(teacher, data.unseen, arguments))
+            found |= {f"t_{name}": value for name, value in report.items()}
     return found
+
+
+def training_seconds(rows, images):
+    """Seconds of training alone, without evaluation, from the rows' images per second."""
+    return sum(images / row["img/s"] for row in rows)
 
 
 def run_chain(name, anchor, data, run, record, before, finished=None):
@@ -276,52 +301,61 @@ def run_chain(name, anchor, data, run, record, before, finished=None):
 
     `before`: {"epochs": student-sized networks', "t_epochs": teachers', "seconds"} spent before it.
     """
+    G, images, triplet = run.generations, len(data.train), run.kind == "triplet"
     if not record.result:
-        print(f"\n{name}: {run.student} and {run.teacher}, {run.generations} generation(s) of "
-              f"{run.length} epochs; records in {record.folder}")
+        names = f"{run.student} and {run.teacher}" if triplet else run.student
+        print(f"\n{name}: {names}, {G} generation(s) of {run.length} epochs; records in "
+              f"{record.folder}")
         found = distill(anchor, data, run, record, finished)
         best = len(found)
         if run.stop_on_validation:
             best = max(found, key=lambda one: one["validation"])["generation"]
-        student = load_file(record.folder / f"student-{best}.pt")
-        record.finish(student, generations=found, delivered=best, label_shares=label_shares(
-            run.teacher_triple, run.student_triple), before=before)
-    rows = []
-    for one in record.result["generations"]:
+            print(f"  delivered: generation {best}, {found[best - 1]['test']:.2f} % on test")
+        seen = images * len(record.rows)
+        passes = {"student forward and backward": seen, "fixed network forward": seen}
+        if triplet:
+            passes["teacher forward and backward"] = seen
+        record.finish(
+            load_file(record.folder / f"student-{best}.pt"), generations=found, delivered=best,
+            last_test=found[best - 1]["test"], images=passes,
+            label_shares=label_shares(run.teacher_triple, run.student_triple) if triplet else None)
+    rows, result = [], record.result
+    for one in result["generations"]:
         g = one["generation"]
-        several = run.generations > 1
-        rows.append({**one, "run": f"{name}, generation {g}" if several else name,
-                     "epochs": before["epochs"] + g * run.length,
-                     "t_epochs": before["t_epochs"] + (g * run.length if run.kind == "triplet"
-                                                       else 0),
-                     "seconds": before["seconds"] + one["seconds"]})
+        done = [row for row in result["rows"] if row["gen"] <= g]
+        label = f"{name}, generation {g}" if G > 1 else name
+        rows.append({**one, "epochs": before["epochs"] + len(done),
+                     "run": label + (" (delivered)" if run.stop_on_validation
+                                     and g == result["delivered"] else ""),
+                     "t_epochs": before["t_epochs"] + (len(done) if triplet else 0),
+                     "seconds": before["seconds"] + training_seconds(done, images)})
         rows[-1]["s_gap"] = one["student_train"] - one["test"]
         if "teacher" in one:
             rows[-1]["t_gap"] = one["teacher_train"] - one["teacher"]
     return rows
 
 
-def alone_row(name, result, network, epochs, data, arguments):
+def alone_row(name, result, network, data, arguments):
     """The row of a network trained by cross-entropy alone, as the student's."""
-    row = {"run": name, "epochs": epochs, "t_epochs": 0, "seconds": result["seconds"],
+    row = {"run": name, "epochs": len(result["rows"]), "t_epochs": 0,
+           "seconds": training_seconds(result["rows"], len(data.train)),
            **measures(network, None, None, data, arguments)}
     return {**row, "s_gap": row["student_train"] - row["test"]}
 
 
 def function_map(records, anchor, data, arguments):
-    """{name: (x, y)}: the networks of some chains by classical scaling of their mean symmetric KL
-    on the held-out images; A_0 among them."""
-    networks = {"A0": anchor}
+    """{name: (x, y)}: the networks of some chains, A_0 among them, by classical scaling of the
+    mean symmetric KL of their outputs on the test images."""
+    outputs = {"A0": all_logits(anchor, data.test, arguments)}
     for name, record in records.items():
         for path in sorted(record.folder.glob("*-[0-9]*.pt")):
             role, generation = path.stem.split("-")
             network = build_network(getattr(arguments, role), data, arguments, 0)
-            networks[f"{name} {role[0].upper()}{generation}"] = frozen(
-                load_weights(network, path))
-    D = [[mean_kl(a, b, data.validation, arguments)[0] for b in networks.values()]
-         for a in networks.values()]
-    D = torch.tensor(D)
-    return dict(zip(networks, classical_scaling((D + D.T) / 2).tolist()))
+            load_weights(network, path)
+            outputs[f"{name} {role[0].upper()}{generation}"] = all_logits(
+                network, data.test, arguments)
+    D = torch.tensor([[kl_to(a, b).item() for b in outputs.values()] for a in outputs.values()])
+    return dict(zip(outputs, classical_scaling((D + D.T) / 2).tolist()))
 
 
 def plot(folder, tables, points):
@@ -400,9 +434,14 @@ def parse_args(argv=None):
             parser.error(f"--{name}-weight: one value, or two: the teacher's, the student's")
     if arguments.plot and len(arguments.train_fraction) > 1:
         parser.error("--plot draws one chain: give one --train-fraction")
+    if arguments.compare and arguments.stop_on_validation:
+        parser.error("--stop-on-validation does not go with --compare: its controls have as many "
+                     "epochs as --generations")
     triples = variant(arguments)
     if not sum(triples.teacher_triple) or not sum(triples.student_triple):
         parser.error("all weights of a network are 0: it has nothing to learn")
+    if not min(arguments.label_weight) and (arguments.compare or arguments.sweep):
+        parser.error("--label-weight 0: the controls of --compare and --sweep would learn nothing")
     if arguments.plot:
         try:
             import matplotlib  # noqa: F401
@@ -413,34 +452,42 @@ def parse_args(argv=None):
 
 def variant(arguments, anchor=None, peer=None, **flags):
     """The arguments of one chain; `anchor` and `peer` replace the weights of both networks."""
-    both = []
+    run = argparse.Namespace(**{**vars(arguments), "kind": "triplet", **flags})
+    triples = []
     for index, role in enumerate(("teacher", "student")):
         label_weight, peer_weight, anchor_weight = (
-            getattr(arguments, f"{name}_weight")[-1 if index else 0]
+            getattr(run, f"{name}_weight")[-1 if index else 0]
             for name in ("label", "peer", "anchor"))
-        if arguments.anchor_on not in ("both", role):
+        peer_weight = peer_weight if peer is None else peer
+        anchor_weight = anchor_weight if anchor is None else anchor
+        if run.anchor_on not in ("both", role):
             anchor_weight = 0.0
-        both.append(Weights(label_weight, peer_weight if peer is None else peer,
-                            anchor_weight if anchor is None else anchor))
-    return argparse.Namespace(**{**vars(arguments), "kind": "triplet", "teacher_triple": both[0],
-                                 "student_triple": both[1], **flags})
+        triples.append(Weights(label_weight, peer_weight, anchor_weight))
+    run.teacher_triple, run.student_triple = triples
+    return run
 
 
 # ------------------------------------------------------------------------------------------ 6. main
-def run_seed(arguments):
-    """All of one seed and fraction: A_0, the chain, with --compare its controls; the rows."""
+def load(arguments):
+    """The data of one seed and fraction; a tenth is held out where it decides when to stop."""
     data = load_data(
         arguments.dataset, arguments.data, arguments.image_size, arguments.train_fraction,
-        0.1, arguments.open_set, arguments.seed, arguments.device)  # held out: at most 10,000
+        0.1 if arguments.stop_on_validation else 0, arguments.open_set, arguments.seed,
+        arguments.device)
     if arguments.batch_size > len(data.train):
         raise InputError(f"--batch-size {arguments.batch_size}: there are only {len(data.train)} "
-                         "training images")
-    G = arguments.generations
+                         f"training images at --train-fraction {arguments.train_fraction:g}")
+    return data
+
+
+def run_seed(arguments):
+    """All of one seed and fraction: A_0, the chain, with --compare its controls; the rows."""
+    data, G = load(arguments), arguments.generations
     # as many updates for every fraction
     arguments.length = E = max(1, round(arguments.epochs / arguments.train_fraction))
-    print(f"{data.name}: {len(data.train)} training, {len(data.validation)} held-out, "
-          f"{len(data.test)} test images of {data.image_size}x{data.image_size}, {data.classes} "
-          f"classes; seed {arguments.seed}, {arguments.device}")
+    print(f"{data.name}: {len(data.train)} training, {len(data.test)} test images of "
+          f"{data.image_size}x{data.image_size}, {data.classes} classes; seed {arguments.seed}, "
+          f"{arguments.device}")
     fingerprint = {"data_fingerprint": data.train.fingerprint()}
 
     def record_of(run, folder):
@@ -455,62 +502,70 @@ def run_seed(arguments):
     chosen = variant(arguments)
     records, tables = {"TriKD": record_of(chosen, "")}, {}
     result, anchor = alone(arguments.student, E, arguments.seed, "generation 0, the first anchor")
-    tables["student alone"] = [alone_row("student alone", result, anchor, E, data, arguments)]
-    none = {"epochs": 0, "t_epochs": 0, "seconds": 0.0}
-    first = {"epochs": E, "t_epochs": 0, "seconds": result["seconds"]}
+    row = alone_row("student alone", result, anchor, data, arguments)
+    tables["student alone"] = [row]
 
-    def chain(name, run, folder, before, finished=None):
+    def chain(name, run, folder, finished=None, seconds=0.0):
+        """A chain and what came before it: A_0 where an anchor is used, a finished teacher."""
+        used = run.kind != "kd" and (run.teacher_triple.anchor or run.student_triple.anchor)
+        before = {"epochs": E if used else 0, "t_epochs": E if finished else 0,
+                  "seconds": row["seconds"] if used else seconds}
         records[name] = records.get(name) or record_of(run, folder)
         tables[name] = run_chain(name, anchor, data, run, records[name], before, finished)
 
-    mutual = variant(arguments, anchor=0.0, generations=1, stop_on_validation=False)
+    short = {"generations": 1, "stop_on_validation": False}
+    mutual = variant(arguments, anchor=0.0, **short)
     if arguments.compare:
-        result, network = alone(arguments.student, (G + 1) * E, arguments.seed, "student alone")
-        name = f"student alone, {(G + 1) * E} epochs"
-        tables[name] = [alone_row(name, result, network, (G + 1) * E, data, arguments)]
-        result, teacher = alone(arguments.teacher, E, arguments.seed + 1000, "teacher alone")
-        chain("KD, finished teacher", variant(
-            arguments, anchor=0.0, kind="kd", generations=1, stop_on_validation=False), "kd",
-              {"epochs": 0, "t_epochs": E, "seconds": result["seconds"]}, teacher)
-        long = argparse.Namespace(**{**vars(mutual), "length": (G + 1) * E})
-        chain(f"mutual learning, {(G + 1) * E} epochs", long, "mutual-long", none)
-        chain("born-again", variant(arguments, peer=0.0, kind="born-again"), "born-again", first)
+        long = (G + 1) * E
+        result, network = alone(arguments.student, long, arguments.seed, "student alone")
+        name = f"student alone, {long} epochs"
+        tables[name] = [alone_row(name, result, network, data, arguments)]
+        kd = variant(arguments, anchor=0.0, kind="kd", **short)
+        if kd.student_triple.peer:
+            result, teacher = alone(arguments.teacher, E, arguments.seed + 1000, "teacher alone")
+            chain("KD, finished teacher", kd, "kd", teacher,
+                  training_seconds(result["rows"], len(data.train)))
+        chain(f"mutual learning, {long} epochs", variant(arguments, anchor=0.0, **short,
+                                                         length=long), "mutual-long")
+        born = variant(arguments, peer=0.0, kind="born-again", anchor_on="both")
+        if born.student_triple.anchor:
+            chain("born-again", born, "born-again")
     if arguments.compare or arguments.study:
-        chain("mutual learning", mutual, "mutual", none)
+        chain("mutual learning", mutual, "mutual")
     for value in dict.fromkeys(arguments.sweep or ()):
-        name = f"anchor weight {value:g}"
-        run = variant(arguments, anchor=value, generations=1, stop_on_validation=False)
-        chain(name, run, f"anchor-{value:g}", first)
-        row, = tables.pop(name)
+        name, run = f"anchor weight {value:g}", variant(arguments, anchor=value, **short)
+        chain(name, run, f"anchor-{value:g}")
         tables["sweep"] = [*tables.get("sweep", ()), {
-            **row, "anchor_weight": value,
+            **tables.pop(name)[0], "anchor_weight": value,
             "label_share": label_shares(run.teacher_triple, run.student_triple)[1]}]
-    chain("TriKD", chosen, "", first)
+    chain("TriKD", chosen, "")
     if arguments.plot:
         shown = {name: record for name, record in records.items()
                  if name in ("TriKD", "born-again", "mutual learning")}
         plot(arguments.out, tables, function_map(shown, anchor, data, arguments))
-    rows = [row for table in tables.values() for row in table]
+    rows = [one for table in tables.values() for one in table]
     if arguments.study:
-        rows = [{**row, "run": f"{arguments.train_fraction:g}: {row['run']}"} for row in rows]
+        rows = [{**one, "run": f"{arguments.train_fraction:g}: {one['run']}"} for one in rows]
     return rows
 
 
 def main():
     arguments = parse_args()
-    tables, fractions = [], arguments.train_fraction
-    for seed in arguments.seed:
-        rows = []
-        for fraction in fractions:
-            out = arguments.out / f"seed-{seed}" if len(arguments.seed) > 1 else arguments.out
-            out = out / f"fraction-{fraction:g}" if len(fractions) > 1 else out
-            rows += run_seed(argparse.Namespace(**{
-                **vars(arguments), "seed": seed, "out": out, "train_fraction": fraction,
-                "study": len(fractions) > 1}))
-        tables.append(rows)
+    fractions, tables, runs = list(dict.fromkeys(arguments.train_fraction)), [], []
+    study = len(fractions) > 1
+    for seed in dict.fromkeys(arguments.seed):
+        out = arguments.out / f"seed-{seed}" if len(arguments.seed) > 1 else arguments.out
+        runs.append([argparse.Namespace(**{
+            **vars(arguments), "seed": seed, "train_fraction": fraction, "study": study,
+            "out": out / f"fraction-{fraction:g}" if study else out}) for fraction in fractions])
+    for run in runs[0] if study else ():
+        load(run)  # what is wrong with any fraction shows before the first training
+    for of_one_seed in runs:
+        tables.append([row for run in of_one_seed for row in run_seed(run)])
     formats = {"test": ".2f", "teacher": ".2f", "kl_ts": ".4f", "agree": ".1f", "kl_at": ".4f",
                "s_gap": ".2f", "t_gap": ".2f", "rank1": ".1f", "verification": ".1f",
-               "epochs": ".0f", "t_epochs": ".0f", "seconds": ".0f"}
+               "t_rank1": ".1f", "t_verification": ".1f", "epochs": ".0f", "t_epochs": ".0f",
+               "seconds": ".0f"}
     columns = {name: style for name, style in formats.items()
                if any(name in row for table in tables for row in table)}
     print_table(tables, columns, f"TriKD on {arguments.dataset}: last-epoch test accuracy (%)")

@@ -199,33 +199,6 @@ def test_classical_scaling_finds_a_known_plane():
     assert np.ptp(found[:, 0]) * np.std(found[:, 0]) >= np.std(found[:, 1]) * 0.5
 
 
-def test_mean_kl_and_agreement():
-    class Scaled(nn.Module):
-        def __init__(self, factor):
-            super().__init__()
-            self.factor, self.norm = factor, nn.BatchNorm1d(3)
-
-        def forward(self, x):
-            return self.factor * x
-    class Seven:
-        x = torch.randn(7, 3, generator=torch.Generator().manual_seed(0))
-
-        def __len__(self):
-            return 7
-
-        def batches(self):
-            return iter([(self.x[:5], None), (self.x[5:], None)])
-
-    split, x = Seven(), Seven.x.numpy()
-    arguments = Namespace(device=torch.device("cpu"), precision="fp32")
-    one, two, minus = (Scaled(factor) for factor in (1.0, 2.0, -1.0))
-    found, agree = trikd.mean_kl(one, two, split, arguments)
-    assert found == pytest.approx(kl(x, 2 * x), rel=1e-5) and agree == 100
-    assert abs(found - kl(2 * x, x)) > 1e-3  # reversed
-    assert trikd.mean_kl(one, minus, split, arguments)[1] == 0
-    assert one.training and two.training
-
-
 # ------------------------------------------------------------------------------------------ steps
 def networks_of_shapes(count=3):
     names = ["resnet8x0.5", "resnet8", "resnet8x0.5"][:count]
@@ -251,29 +224,59 @@ def arguments_of(T=ONES, S=ONES, tau=1.0):
                      device=torch.device("cpu"))
 
 
-def test_a_step_moves_teacher_and_student_and_never_the_anchor():
-    """Parameters AND buffers of the anchor; the terms are those of the logits before the step."""
+def test_the_terms_are_those_of_the_logits_before_the_step():
     (student, teacher, anchor), images, labels = networks_of_shapes()
     anchor = common.frozen(anchor)
-    before = [clone(network) for network in (student, teacher, anchor)]
     with torch.no_grad():
         z_A = anchor(images).double().numpy()
         z_S, z_T = (copy.deepcopy(network)(images).double().numpy() for network in (
             student, teacher))
     y = labels.numpy()
-    for _ in range(2):
+    for first in (True, False):
         terms, logits = trikd.train_step(student, teacher, anchor, sgd(student), sgd(teacher),
                                          images, labels, arguments_of(FIRST, SECOND, 2.0))
-        if _ == 0:
-            assert terms["L_T"].item() == pytest.approx(loss(z_T, z_S, z_A, y, FIRST, 2), rel=1e-4)
-            assert terms["L_S"].item() == pytest.approx(loss(z_S, z_T, z_A, y, SECOND, 2), rel=1e-4)
+        if first:
+            wanted = {"T_ce": ce(z_T, y), "T_peer": kl(z_S, z_T, 2), "T_anchor": kl(z_A, z_T, 2),
+                      "S_ce": ce(z_S, y), "S_peer": kl(z_T, z_S, 2), "S_anchor": kl(z_A, z_S, 2)}
+            assert {k: v.item() for k, v in terms.items()} == pytest.approx(wanted, rel=1e-3)
             assert logits.detach().numpy() == pytest.approx(z_S, rel=1e-4, abs=1e-4)
+
+
+def test_each_parameter_gets_the_gradient_of_its_own_loss():
+    """Eq. (4) at a rate of 0: .grad after the step against autograd on each loss alone."""
+    (student, teacher, anchor), images, labels = networks_of_shapes()
+    anchor, F = common.frozen(anchor), nn.functional
+    wanted = {}
+    twins = copy.deepcopy(student), copy.deepcopy(teacher)
+    z_S, z_T, z_A = twins[0](images), twins[1](images), anchor(images)
+    for name, own, peer, w, twin in (("S", z_S, z_T, SECOND, twins[0]),
+                                     ("T", z_T, z_S, FIRST, twins[1])):
+        terms = [4 * F.kl_div(F.log_softmax(own / 2, 1), F.softmax(other.detach() / 2, 1),
+                              reduction="batchmean") for other in (peer, z_A)]
+        total = w.label * F.cross_entropy(own, labels) + w.peer * terms[0] + w.anchor * terms[1]
+        wanted[name] = torch.autograd.grad(total, list(twin.parameters()), retain_graph=True)
+    still = [torch.optim.SGD(network.parameters(), 0.0) for network in (student, teacher)]
+    trikd.train_step(student, teacher, anchor, *still, images, labels,
+                     arguments_of(FIRST, SECOND, 2.0))
+    for name, network in (("S", student), ("T", teacher)):
+        for parameter, gradient in zip(network.parameters(), wanted[name]):
+            torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-5)
+
+
+def test_the_anchor_never_moves():
+    """Parameters AND buffers, bit-identical; teacher and student do move."""
+    (student, teacher, anchor), images, labels = networks_of_shapes()
+    anchor = common.frozen(anchor)
+    before = [clone(network) for network in (student, teacher, anchor)]
+    for _ in range(2):
+        trikd.train_step(student, teacher, anchor, sgd(student), sgd(teacher), images, labels,
+                         arguments_of())
     assert same(clone(anchor), before[2]) and not anchor.training
     assert all(parameter.grad is None for parameter in anchor.parameters())
     assert not same(clone(student), before[0]) and not same(clone(teacher), before[1])
 
 
-def test_anchor_weight_zero_is_deep_mutual_learning_bit_for_bit():
+def test_anchor_weight_zero_is_deep_mutual_learning_step_for_step():
     """Two steps against a loop written here that knows no anchor."""
     F, found = nn.functional, {}
     for kind in ("triplet", "by hand"):
@@ -321,10 +324,12 @@ def test_control_step_is_eq_3_with_a_fixed_network():
         z, z_S = fixed(images).double().numpy(), copy.deepcopy(student)(images).double().numpy()
     for w in (Weights(1, 0.5, 0), Weights(1, 0, 0.5)):
         twin = copy.deepcopy(student)
-        terms, _ = trikd.control_step(twin, fixed, sgd(twin), images, labels,
-                                      arguments_of(S=w, tau=2.0))
-        wanted = ce(z_S, labels.numpy()) + 0.5 * kl(z, z_S, 2)
-        assert terms["L_S"].item() == pytest.approx(wanted, rel=1e-4)
+        still = torch.optim.SGD(twin.parameters(), 0.0)
+        terms, _ = trikd.control_step(twin, fixed, still, images, labels, arguments_of(S=w, tau=2))
+        wanted = {"S_ce": ce(z_S, labels.numpy()), "S_kl": kl(z, z_S, 2)}
+        assert {k: v.item() for k, v in terms.items()} == pytest.approx(wanted, rel=1e-4)
+        bias = gradient(z_S, z, z, labels.numpy(), (1, 0.5, 0), 2).sum(0)
+        assert twin.head.bias.grad.numpy() == pytest.approx(bias, rel=1e-3, abs=1e-6)
     assert same(before, clone(fixed))
 
 
@@ -348,6 +353,8 @@ def test_the_six_weights(flags, T, S):
     ("--label-weight 1 0 --peer-weight 1 0 --anchor-on teacher", "nothing to learn"),
     ("--train-fraction 0.5 2", "--train-fraction"), ("--anchor-on all", "--anchor-on"),
     ("--train-fraction 0.5 1 --plot", "one --train-fraction"), ("--sweep -1", "--sweep"),
+    ("--stop-on-validation --compare", "--stop-on-validation"),
+    ("--label-weight 0 --compare", "--label-weight 0"), ("--label-weight 0 --sweep 1", "--label"),
     ("--teacher-weights x", "--teacher-weights"), ("--student nonsense", "nonsense")])
 def test_argument_errors_are_one_line(flags, word, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -440,7 +447,7 @@ def test_generations_hand_over(three):
 
 def test_measures_by_hand(three):
     """Accuracies, KL, agreement of the last generation from the saved weights, in numpy."""
-    data = common.load_data("shapes", None, None, 1.0, 0.1, 0, 0, torch.device("cpu"))
+    data = common.load_data("shapes", None, None, 1.0, 0, 0, 0, torch.device("cpu"))
     nets = {}
     for role, name, g in (("student", "resnet8x0.5", 3), ("teacher", "resnet8", 3),
                           ("student", "resnet8x0.5", 2)):
@@ -452,14 +459,13 @@ def test_measures_by_hand(three):
         with torch.no_grad():
             return nets[key](split.normalise(split.images)).double().numpy()
     last = result_of(three.folder)["generations"][-1]
-    held, test, train = data.validation, data.test, data.train
-    S, T, A = (logits(key, held) for key in (("student", 3), ("teacher", 3), ("student", 2)))
+    test, train = data.test, data.train
+    S, T, A = (logits(key, test) for key in (("student", 3), ("teacher", 3), ("student", 2)))
     assert last["kl_ts"] == pytest.approx(kl(T, S), rel=1e-3)
     assert last["kl_at"] == pytest.approx(kl(A, T), rel=1e-3)
     assert last["agree"] == pytest.approx(100 * (S.argmax(1) == T.argmax(1)).mean())
     for key, split, role in (("test", test, "student"), ("student_train", train, "student"),
-                             ("teacher", test, "teacher"), ("teacher_train", train, "teacher"),
-                             ("validation", held, "student")):
+                             ("teacher", test, "teacher"), ("teacher_train", train, "teacher")):
         right = (logits((role, 3), split).argmax(1) == split.labels.numpy()).mean()
         assert last[key] == pytest.approx(100 * right, abs=1e-6)
     assert result_of(three.folder)["last_test"] == last["test"]
@@ -506,7 +512,8 @@ def test_compare_prints_every_control_with_its_epochs(run, three, tmp_path):
         "student alone": (2, 0), "student alone, 8 epochs": (8, 0), "KD, finished teacher": (2, 2),
         "mutual learning, 8 epochs": (8, 8), "born-again, generation 1": (4, 0),
         "born-again, generation 2": (6, 0), "born-again, generation 3": (8, 0),
-        "mutual learning": (2, 2), "TriKD, generation 1": (4, 2), "TriKD, generation 2": (6, 4),
+        "mutual learning": (2, 2),
+        "TriKD, generation 1": (4, 2), "TriKD, generation 2": (6, 4),
         "TriKD, generation 3": (8, 6)}
     own = table(three.printed)
     for name in ("student alone", "TriKD, generation 1", "TriKD, generation 3"):
@@ -527,14 +534,17 @@ def test_the_overfitting_study(run, tmp_path):
     assert [row["epochs"].split()[0] for row in found.values()] == ["4", "4", "8", "2", "2", "4"]
     for row in found.values():
         assert "±" in row["s_gap"]
-    one = result_of(tmp_path / "seed-1" / "fraction-0.5")["generations"][0]
-    assert one["student_train"] - one["test"] == pytest.approx(one["student_train"] - one["test"])
+    ones = [result_of(tmp_path / f"seed-{s}" / "fraction-0.5")["generations"][0] for s in (0, 1)]
+    mean = np.mean([one["student_train"] - one["test"] for one in ones])
+    assert found["0.5: TriKD"]["s_gap"].startswith(f"{mean:.2f}")
+    rows = result_of(tmp_path / "seed-0" / "fraction-0.5")["rows"]
+    assert [row["test"] is None for row in rows] == [True, False, True, False]  # every 1 / F
     assert {path.name for path in (tmp_path / "seed-0").iterdir()} == {"fraction-0.5", "fraction-1"}
 
 
 def test_stop_on_validation_delivers_the_best(run, tmp_path, monkeypatch):
     """Held-out accuracies 50, 60, 55: it stops after the third, and delivers the second."""
-    values, original = iter([50.0, 60.0, 55.0]), trikd.measures
+    values, original = iter([50.0, 60.0, 55.0]), trikd.measures  # of the three generations
 
     def scripted(student, teacher, *rest):
         found = original(student, teacher, *rest)
@@ -543,8 +553,29 @@ def test_stop_on_validation_delivers_the_best(run, tmp_path, monkeypatch):
     printed = run(tmp_path, "--generations 5 --stop-on-validation")
     result = result_of(tmp_path)
     assert "no better on the held-out images" in printed and len(result["generations"]) == 3
-    assert result["delivered"] == 2
+    assert result["delivered"] == 2 and "delivered: generation 2" in printed
+    assert result["last_test"] == result["generations"][1]["test"]
+    assert "TriKD, generation 2 (delivered)" in printed
     assert same(weights(tmp_path / "student.pt"), weights(tmp_path / "student-2.pt"))
+
+
+def test_controls_keep_their_meaning_under_other_weights(run, tmp_path):
+    """Born-again learns from the anchor whatever --anchor-on says; a sweep respects it."""
+    def variant(flags, **changes):
+        return trikd.variant(trikd.parse_args(f"--device cpu {flags}".split()), **changes)
+    run_ = variant("--anchor-on teacher", peer=0.0, kind="born-again", anchor_on="both")
+    assert run_.student_triple == (1, 0, 1)
+    run_ = variant("--anchor-on teacher", anchor=3.0)
+    assert (run_.teacher_triple.anchor, run_.student_triple.anchor) == (3, 0)
+    found = table(run(tmp_path, "--anchor-weight 0 --peer-weight 0 --compare --generations 1"))
+    assert "born-again" not in found and "KD, finished teacher" not in found
+    assert trikd.label_shares(Weights(0, 1, 0), Weights(0, 1, 0)) == (None, None)
+
+
+def test_a_bad_fraction_is_refused_before_any_training(run, tmp_path):
+    with pytest.raises(common.InputError, match="--batch-size 50"):
+        run(tmp_path, "--train-fraction 1 0.1")
+    assert not list(tmp_path.iterdir())
 
 
 def test_open_set_and_sweep(run, tmp_path):
