@@ -669,8 +669,8 @@ def parse_args(argv=None):
     add("--temperature", type=positive, default=1.0, metavar="TAU",
         help="of distances, gap and KL, not of cross-entropy (default: 1)")
     add("--student-learning-rate", type=positive, nargs="+", metavar="LR",
-        help="the students' (default: --learning-rate; 0.01 for the MobileNetV2 of cifar100 if "
-             "neither is given); one for all or one for each")
+        help="the students', one for all or one for each (default: --learning-rate; 0.01 for the "
+             "MobileNetV2 of cifar100, if neither it nor a rate is typed)")
     add("--compare", type=switch_value, nargs="*", metavar="RULE",
         help="run the controls as well: each network alone, KD from the finished teacher, and "
              "these switches (default: never fixed:0.2 fixed:0.6 fixed:0.8); one table")
