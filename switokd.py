@@ -463,7 +463,7 @@ def switching_summary(steps, topology):
             "paused_updates": [sum(teacher) for teacher in flags]}
 
 
-def network_seconds(data, arguments, rounds=9):
+def network_seconds(data, arguments, rounds=5):
     """[forward, backward and step] of the students, then the teachers: median seconds of a batch.
 
     Fresh networks are timed one by one, after the training, which they leave alone.
