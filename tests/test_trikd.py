@@ -10,8 +10,10 @@ import io
 import itertools
 import json
 import re
+import shlex
 import sys
 from argparse import Namespace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,6 +24,7 @@ import common
 import trikd
 from trikd import Weights
 
+ROOT = Path(__file__).resolve().parents[1]
 DIGITS = 1e-6
 Z_T, Z_S = [[2, 0.5, -1], [0, 1, 0.5]], [[1, 0, 0], [0.5, 0.5, -1]]
 Z_A, Y = [[0, 1, 0], [1, -1, 0]], [0, 2]
@@ -605,3 +608,21 @@ def test_student_and_teacher_learn_the_shapes(tmp_path, run, monkeypatch):
 def test_a_loss_that_is_not_finite_stops(run, tmp_path):
     with pytest.raises(common.InputError, match="not finite"):
         run(tmp_path, "--anchor-weight 1e38 --generations 1")
+
+
+def readme_commands():
+    found = re.findall(r"python trikd\.py[^`\n|]*", (ROOT / "README.md").read_text())
+    return sorted({command.strip() for command in found})
+
+
+@pytest.mark.parametrize("command", readme_commands())
+def test_commands_of_the_readme(command, tmp_path, run, monkeypatch):
+    """Every command is parsed as typed; those on the embedded set are run, made tiny."""
+    flags = shlex.split(command)[2:]
+    if "--plot" in flags:
+        pytest.importorskip("matplotlib")
+    trikd.parse_args(flags)
+    if "--dataset" not in flags:
+        monkeypatch.chdir(tmp_path)
+        tiny = ["--epochs", "1", "--image-size", "8", "--batch-size", "5"]
+        run(tmp_path / "out", " ".join([*flags, *tiny]))
