@@ -145,6 +145,15 @@ def parse(parser, argv=None):
     return arguments
 
 
+def check_plot(parser, arguments):
+    """Refuse --plot now, not after the training, where matplotlib is missing."""
+    if arguments.plot:
+        try:
+            import matplotlib  # noqa: F401
+        except ImportError:
+            parser.error("--plot needs matplotlib: pip install matplotlib")
+
+
 def run_script(main):
     """Call `main()`. Bad input ends as one line and exit code 2; Ctrl-C as 130 with a hint."""
     script = Path(sys.argv[0]).name
@@ -424,6 +433,13 @@ def load_data(name, folder=None, image_size=None, train_fraction=1.0, validation
         verification_pairs(unseen.labels)  # too few images: say so now, not after the training
     return Data(name, train, held, test, unseen if open_set else None, known, size,
                 tuple(mean.tolist()), tuple(std.tolist()))
+
+
+def check_batch_size(data, arguments):
+    """InputError, before anything is written, where one batch would be more than all images."""
+    if arguments.batch_size > len(data.train):
+        raise InputError(f"--batch-size {arguments.batch_size}: there are only {len(data.train)} "
+                         f"training images at --train-fraction {arguments.train_fraction:g}")
 
 
 def _take(part, where):
@@ -897,6 +913,11 @@ def save_file(value, path):
     os.replace(partial, path)
 
 
+def save_weights(state, path):
+    """A state dict as plain CPU tensors, which loads without this project."""
+    save_file({name: value.detach().cpu() for name, value in state.items()}, path)
+
+
 def load_file(path):
     """torch.load with weights_only; InputError when missing, truncated or something else."""
     try:
@@ -1098,8 +1119,7 @@ class Record:
     def finish(self, student_state=None, **more):
         """Write student.pt (a plain state dict) and result.json, remove the checkpoint."""
         if student_state:
-            save_file({name: value.detach().cpu() for name, value in student_state.items()},
-                      self.folder / "student.pt")
+            save_weights(student_state, self.folder / "student.pt")
         tests = [-1.0 if row["test"] is None else row["test"] for row in self.rows]  # not tested
         self.result = {
             "arguments": self.settings, "seed": self.settings["seed"], **environment(self.device),
@@ -1110,6 +1130,11 @@ class Record:
         save_file(json.dumps(self.result, indent=1), self.folder / "result.json")
         (self.folder / "checkpoint.pt").unlink(missing_ok=True)
         return self.result
+
+
+def training_seconds(rows, images):
+    """Seconds of training alone, without evaluation; `images` an epoch, `rows` of a Record."""
+    return sum(images / row["img/s"] for row in rows)
 
 
 def print_table(tables, columns, title):

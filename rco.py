@@ -57,10 +57,10 @@ import argparse
 import math
 
 from common import (
-    F, InputError, Record, autocast, base_parser, build_model, compile_network, describe,
-    embeddings, evaluate, evaluating, frozen, load_data, load_weights, nn, number, open_set_report,
-    parse, print_table, random_states, restore_random_states, run_script, sgd, torch,
-    train_network)
+    F, Record, autocast, base_parser, build_model, check_batch_size, check_plot, compile_network,
+    describe, embeddings, evaluate, evaluating, frozen, load_data, load_weights, nn, number,
+    open_set_report, parse, print_table, random_states, restore_random_states, run_script, sgd,
+    torch, train_network)
 
 RECIPE = {"learning_rate": 0.05, "momentum": 0.9, "weight_decay": 5e-4, "batch_size": 64}
 SMALL = {"teacher": "resnet20", "student": "resnet8x0.5", "epochs": 24, **RECIPE}
@@ -429,11 +429,7 @@ def parse_args(argv=None):
         parser.error(f"--teacher-weights: {files} states of a route of {arguments.epochs} epochs")
     if files and arguments.strategy != "kd" and (arguments.anchors or files) != files:
         parser.error(f"--anchors {arguments.anchors}, but --teacher-weights names {files} states")
-    if arguments.plot:
-        try:
-            import matplotlib  # noqa: F401
-        except ImportError:
-            parser.error("--plot needs matplotlib: pip install matplotlib")
+    check_plot(parser, arguments)
     return arguments
 
 
@@ -463,9 +459,7 @@ def run_seed(arguments):
     data = load_data(
         arguments.dataset, arguments.data, arguments.image_size, arguments.train_fraction,
         0.1, arguments.open_set, arguments.seed, arguments.device)  # X': a tenth, at most 10,000
-    if arguments.batch_size > len(data.train):
-        raise InputError(f"--batch-size {arguments.batch_size}: there are only {len(data.train)} "
-                         "training images")
+    check_batch_size(data, arguments)
     print(f"{data.name}: {len(data.train)} training, {len(data.validation)} held-out, "
           f"{len(data.test)} test images of {data.image_size}x{data.image_size}, {data.classes} "
           f"classes; seed {arguments.seed}, {arguments.device}")

@@ -70,9 +70,10 @@ import statistics
 import time
 
 from common import (
-    F, InputError, Record, base_parser, build_model, compile_network, describe, embeddings,
-    evaluate, load_data, number, open_set_report, parse, print_table, random_states,
-    restore_random_states, run_script, save_file, sgd, torch, train_network)
+    F, InputError, Record, base_parser, build_model, check_batch_size, check_plot, compile_network,
+    describe, embeddings, evaluate, load_data, number, open_set_report, parse, print_table,
+    random_states, restore_random_states, run_script, save_weights, sgd, torch, train_network,
+    training_seconds)
 
 RECIPE = {"learning_rate": 0.1, "momentum": 0.9, "weight_decay": 5e-4, "batch_size": 128}
 DEFAULTS = {  # flags by data set; each can be given by hand
@@ -490,11 +491,6 @@ def clock(arguments):
     return time.perf_counter()
 
 
-def training_seconds(rows, images):
-    """Seconds of training alone, without evaluation, from the rows' images per second."""
-    return sum(images / row["img/s"] for row in rows)
-
-
 def time_saved(steps, seconds, costs, arguments):
     """Estimates: seconds of teacher updates that pauses saved, and about the most they can save.
 
@@ -550,8 +546,7 @@ def run_online(data, run, record, teachers=None):
         for role, networks in learners.items():
             for index, network in enumerate(networks, 1):
                 name = role if len(networks) == 1 else f"{role}-{index}"
-                save_file({key: value.cpu() for key, value in network.state_dict().items()},
-                          record.folder / f"{name}.pt")
+                save_weights(network.state_dict(), record.folder / f"{name}.pt")
         record.finish(students[-1].state_dict(), steps=len(steps), images=passes,
                       measures=found)
     result = record.result
@@ -685,11 +680,7 @@ def parse_args(argv=None):
                      f"{counts[1]}")
     if len(arguments.student_learning_rate or [0]) not in (1, counts[1]):
         parser.error(f"--student-learning-rate: give one, or one for each of {counts[1]} students")
-    if arguments.plot:
-        try:
-            import matplotlib  # noqa: F401
-        except ImportError:
-            parser.error("--plot needs matplotlib: pip install matplotlib")
+    check_plot(parser, arguments)
     return arguments
 
 
@@ -704,9 +695,7 @@ def run_seed(arguments):
     data = load_data(arguments.dataset, arguments.data, arguments.image_size,
                      arguments.train_fraction, 0, arguments.open_set, arguments.seed,
                      arguments.device)
-    if arguments.batch_size > len(data.train):
-        raise InputError(f"--batch-size {arguments.batch_size}: there are only {len(data.train)} "
-                         "training images")
+    check_batch_size(data, arguments)
     print(f"{data.name}: {len(data.train)} training, {len(data.test)} test images of "
           f"{data.image_size}x{data.image_size}, {data.classes} classes; seed {arguments.seed}, "
           f"{arguments.device}")

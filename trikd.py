@@ -64,10 +64,10 @@ import argparse
 from typing import NamedTuple
 
 from common import (
-    F, InputError, Record, autocast, base_parser, build_model, compile_network, describe,
-    embeddings, evaluate, evaluating, frozen, load_data, load_file, load_weights, number,
+    F, Record, autocast, base_parser, build_model, check_batch_size, check_plot, compile_network,
+    describe, embeddings, evaluate, evaluating, frozen, load_data, load_file, load_weights, number,
     open_set_report, parse, print_table, random_states, restore_random_states, run_script,
-    save_file, sgd, torch, train_network)
+    save_weights, sgd, torch, train_network, training_seconds)
 
 RECIPE = {"learning_rate": 0.05, "momentum": 0.9, "weight_decay": 5e-4, "batch_size": 64}
 SMALL = {"teacher": "resnet20", "student": "resnet8x0.5", "epochs": 24, **RECIPE}
@@ -249,8 +249,7 @@ def distill(anchor, data, run, record, finished=None):
                 {"parts": [part.state_dict() for part in parts], "generation": generation,
                  "epoch": epoch + 1, "found": found, "random": random_states(generator)})
         for role, network in zip(("student", "teacher"), networks):
-            save_file({key: value.cpu() for key, value in network.state_dict().items()},
-                      record.folder / f"{role}-{generation}.pt")
+            save_weights(network.state_dict(), record.folder / f"{role}-{generation}.pt")
         found = [*found, {"generation": generation, **measures(
             student, teacher, anchor, data, run)}]
         anchor, generation, start = frozen(student), generation + 1, 0  # A_g = S_g
@@ -289,11 +288,6 @@ def measures(student, teacher, anchor, data, arguments):
             report = open_set_report(*embeddings(teacher, data.unseen, arguments))
             found |= {f"t_{name}": value for name, value in report.items()}
     return found
-
-
-def training_seconds(rows, images):
-    """Seconds of training alone, without evaluation, from the rows' images per second."""
-    return sum(images / row["img/s"] for row in rows)
 
 
 def run_chain(name, anchor, data, run, record, before, finished=None):
@@ -442,11 +436,7 @@ def parse_args(argv=None):
         parser.error("all weights of a network are 0: it has nothing to learn")
     if not min(arguments.label_weight) and (arguments.compare or arguments.sweep):
         parser.error("--label-weight 0: the controls of --compare and --sweep would learn nothing")
-    if arguments.plot:
-        try:
-            import matplotlib  # noqa: F401
-        except ImportError:
-            parser.error("--plot needs matplotlib: pip install matplotlib")
+    check_plot(parser, arguments)
     return arguments
 
 
@@ -474,9 +464,7 @@ def load(arguments):
         arguments.dataset, arguments.data, arguments.image_size, arguments.train_fraction,
         0.1 if arguments.stop_on_validation else 0, arguments.open_set, arguments.seed,
         arguments.device)
-    if arguments.batch_size > len(data.train):
-        raise InputError(f"--batch-size {arguments.batch_size}: there are only {len(data.train)} "
-                         f"training images at --train-fraction {arguments.train_fraction:g}")
+    check_batch_size(data, arguments)
     return data
 
 

@@ -155,6 +155,13 @@ def test_label_shares(T, S, shares):
     assert trikd.label_shares(Weights(*T), Weights(*S)) == pytest.approx(shares, abs=DIGITS)
 
 
+def test_label_shares_solve_the_two_fixed_point_equations():
+    """Unequal label weights: W_T l_T - pi_T l_S = lambda_T, W_S l_S - pi_S l_T = lambda_S."""
+    for T, S in (((2, 1, 1), (1, 3, 0.5)), ((0.3, 2, 1), (4, 0.2, 3)), ((1, 2, 0), (0, 1, 1))):
+        wanted = np.linalg.solve([[sum(T), -T[1]], [-S[1], sum(S)]], [T[0], S[0]])
+        assert trikd.label_shares(Weights(*T), Weights(*S)) == pytest.approx(tuple(wanted))
+
+
 FIXED = [
     (ONES, ONES, [[0.605971, 0.288058, 0.105971], [0.332620, 0.045015, 0.622364]],
      [[0.605971, 0.288058, 0.105971], [0.332620, 0.045015, 0.622364]]),
