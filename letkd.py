@@ -30,8 +30,8 @@ code. READING: our choice. unit(u) = u / max(||u||, 1e-12).
     (4)  x_hat_i = x_i + alpha v_i                                      PAPER, CODE
     (5)  p_S(k|i) = softmax_k(a_k|i), of the scores BEFORE BatchNorm    PAPER, CODE
     (6)  rho = k-means centres of the teacher's rows                    PAPER, CODE
-    (7)  p_T(k|i) = softmax_k(-tau ||z_i - rho_k||^2), tau = 1          PAPER, CODE
-    (8)  LDA: g = W z + b, with W S_w W^T = I                           PAPER; details: READING
+    (7)  p_T(k|i) = softmax_k(-tau ||z_i - rho_k||^2)                   PAPER; tau = 1: CODE
+    (8)  LDA: g = W z + b, with W S_w W^T = I                           PAPER, CODE; cut: READING
     (9)  k-means per class on g; h1 = the nearest of the OWN class      PAPER, CODE
     (10) q_n = mean of g with h1 = n; h2 = the nearest of ALL q_n       PAPER, CODE
     (11) s_T[n,m] = #(h1 = n, h2 = m) / #(h1 = n)                       PAPER, CODE
@@ -46,20 +46,24 @@ code. READING: our choice. unit(u) = u / max(||u||, 1e-12).
 The supplement prints softmax(d) in Algorithm 1 and min for argmin in Algorithm 2: slips; here
 softmax(-d) and argmin. Where gradients go: the inner loss reaches the student before its layer and
 that layer's templates and s_q, nothing else; the outer loss these, the inner BatchNorm and values,
-the rest of the student, the outer templates and s_q; CE reaches everything.
+the rest of the student, the outer templates and s_q; CE reaches everything (with alpha 0: nothing
+of the layers).
 
-Capacity: the deployed student is larger than the plain one, which every table shows. On the
-paper's resnet56 -> resnet20 it grows from 0.278 M to 0.915 M parameters, more than its teacher.
+Capacity: the deployed student is larger than the plain one, which every table shows (layers of
+alpha 0 change nothing and are not counted). By our count, on the paper's resnet56 -> resnet20 it
+grows from 0.278 M to 0.915 M parameters, more than its teacher.
 
 UNKNOWN: what the paper's main text states on loss weights, tau and layer places (here: CODE); best
-or last epoch behind its numbers; batch, weight decay, tau and L outside CIFAR-100. The appendix
-keeps emphasis in the length of p^; CODE, and this script, normalise it. READING: K = 256 words on
-small data, sampled rows, k-means in torch with a seed, L = min(dimensions, C - 1, rank), a cut of
-small eigenvalues, signs of the axes, empty sub-classes (q_n = c_n, a one-hot row), the last batch
-kept where CODE drops it, black padding (CODE: reflected), one place for all networks (CODE takes
-MobileNetV2's 80 channels), last-epoch accuracy, few seeds, the KD control (T = 4, weight 1), the
-fifth field of Decisions. Not copied from CODE: its slices that lose rows, its choice of h1, the
-epoch that is best on test.
+or last epoch behind its numbers, and what their "-+" is; batch, weight decay, tau and L outside
+CIFAR-100. The appendix keeps emphasis in the length of p^; CODE, and this script, normalise it. h1
+uses k-means centres, h2 means, as in CODE; at convergence they nearly coincide. READING: small data
+and teachers, few epochs and seeds, rate 0.1 on shapes, K = 256 words on small data, sampled rows,
+k-means in torch with a seed, L = min(dimensions, C - 1, rank), a cut of small eigenvalues, signs of
+the axes, empty sub-classes (q_n = c_n, a one-hot row), ImageNet's batch and weight decay, the last
+batch kept where CODE drops it, black padding (CODE: reflected), one place for all networks (CODE
+takes MobileNetV2's 80 channels), last-epoch accuracy, the KD control (T = 4, weight 1), the fifth
+field of Decisions. Not set by themselves: rate 0.01 and alpha 0.1, 0.2 of MobileNetV2 (PAPER). Not
+copied from CODE: its slices that lose rows, its choice of h1, the epoch that is best on test.
 
     python letkd.py                       embedded shapes; 2 CPU cores: about a minute
     python letkd.py --compare             with its controls; 2 CPU cores: 2 to 3 minutes
@@ -106,6 +110,15 @@ class Decisions(NamedTuple):
 
 
 # -------------------------------------------------------------------------- 1. losses and equations
+def at_every_location(maps, matrix, bias=None):
+    """maps (B,in,H,W), matrix (out,in) -> (B,out,H,W), a 1x1 convolution in full float32.
+
+    Autocast is off; and a GPU may round convolutions to TF32, but not matrix products.
+    """
+    with torch.autocast(maps.device.type, enabled=False):
+        return F.linear(maps.movedim(1, 3), matrix, bias).movedim(3, 1)
+
+
 def word_targets(features, words, tau=1.0):
     """Eq. (7): p_T, (B,K,H,W), from the teacher's features (B,D,H,W) and words (K,D).
 
@@ -113,10 +126,11 @@ def word_targets(features, words, tau=1.0):
     """
     if features.shape[1] != words.shape[1]:
         raise ValueError(f"features have {features.shape[1]} channels, words {words.shape[1]}")
+    shift = words.detach().mean(0)  # (D,), moves z and rho alike: fewer digits are lost
+    z, rho = features.detach() - shift[:, None, None], words.detach() - shift
     # Eq. (7): softmax_k(-tau ||z - rho_k||^2); ||z||^2 is the same for every k and cancels
-    z, rho = features.detach(), words.detach()
-    closeness = 2 * F.conv2d(z, rho[:, :, None, None]) - rho.square().sum(1)[:, None, None]
-    return F.softmax(tau * closeness, dim=1)  # (B,K,H,W)
+    closeness = 2 * at_every_location(z, rho) - rho.square().sum(1)[:, None, None]  # (B,K,H,W)
+    return F.softmax(tau * closeness, dim=1)
 
 
 def decision_targets(features, labels, decisions):
@@ -129,13 +143,17 @@ def decision_targets(features, labels, decisions):
         raise ValueError(f"features have {features.shape[1]} channels, the LDA {W.shape[1]}")
     if len(features) != len(labels):
         raise ValueError(f"{len(features)} feature maps, {len(labels)} labels")
-    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(c) // k:
-        raise ValueError(f"labels must lie in 0..{len(c) // k - 1}")
+    if len(c) % k:
+        raise ValueError(f"{len(c)} centres are no multiple of {k} a class")
+    if labels.device.type == "cpu" and not (0 <= labels).logical_and(labels < len(c) // k).all():
+        raise ValueError(f"labels must lie in 0..{len(c) // k - 1}")  # a GPU would have to wait
     # Eq. (8): g = W z + b
-    g = F.conv2d(features.detach(), W[:, :, None, None], b)  # (B,L,H,W)
+    g = at_every_location(features.detach(), W, b)  # (B,L,H,W)
     # Eq. (9): h1 = argmin over the sub-classes n of class y of ||g - c_n||^2
     own = c.view(-1, k, c.shape[1])[labels]  # (B,k,L)
-    distance = own.square().sum(2)[:, :, None, None] - 2 * torch.einsum("bkl,blhw->bkhw", own, g)
+    with torch.autocast(g.device.type, enabled=False):
+        inner = torch.einsum("bkl,blhw->bkhw", own, g)
+    distance = own.square().sum(2)[:, :, None, None] - 2 * inner  # (B,k,H,W), without ||g||^2
     h1 = labels[:, None, None] * k + distance.argmin(1)  # (B,H,W)
     # Eq. (12): p_T(.|i) = s_T[h1(z_i, y)]
     return s_T[h1].movedim(3, 1)  # (B,Ck,H,W)
@@ -168,8 +186,10 @@ def kd_loss(student_logits, teacher_logits, temperature=4.0):
 
 def nearest(rows, centres):
     """Index of the nearest centre (N,), the lowest on a tie, and the squared distance (N,)."""
-    found = []
+    found, shift = [], centres.mean(0)  # moves rows and centres alike: fewer digits are lost
+    centres = centres - shift
     for z in rows.split(max(1, 2**24 // len(centres))):  # 64 MB of distances at a time
+        z = z - shift
         d = torch.addmm(centres.square().sum(1), z, centres.T, alpha=-2)  # (n,K), without ||z||^2
         least, index = d.min(1)
         found.append((index, (least + z.square().sum(1)).clamp_min(0)))
@@ -194,8 +214,9 @@ def k_means(rows, count, generator=None, iterations=20, show=""):
         size = index.bincount(minlength=count)
         centres = (sums / size.clamp_min(1)[:, None]).to(rows.dtype)
         empty = (size == 0).nonzero().flatten()
-        farthest = distance.argsort(descending=True, stable=True)[:len(empty)]
-        centres[empty] = rows[farthest]
+        if len(empty):
+            farthest = distance.argsort(descending=True, stable=True)[:len(empty)]
+            centres[empty] = rows[farthest]
         if show and sys.stdout.isatty():
             print(f"  {show}: k-means {iteration + 1}/{iterations}, mean squared distance "
                   f"{distance.mean():.4f}", end="\033[K\r", flush=True)
@@ -262,19 +283,20 @@ def fit_decisions(features, labels, classes, per_class=8, dimensions=60, generat
         means = torch.zeros_like(c_n).index_add_(0, index, g) / size.clamp_min(1)
         centres.append(c_n)
         prototypes.append(torch.where(size > 0, means, c_n))
-        h1.append(c * k + index)
+        h1.append(index)
         if show and sys.stdout.isatty():
             print(f"  {show}: class {c + 1}/{classes}", end="\033[K\r", flush=True)
-    q, counts = torch.cat(prototypes), torch.zeros(classes * k, classes * k, dtype=torch.float64)
+    q, counts = torch.cat(prototypes), []
     for c in range(classes):
         # Eq. (10): h2 = argmin over ALL n of ||g - q_n||^2
         h2, _ = nearest(features[labels == c].double() @ W.T + b, q)
-        # Eq. (11): s_T[n,m] = #{h1 = n and h2 = m} / #{h1 = n}
-        pairs = (h1[c] * len(q) + h2).bincount(minlength=len(q)**2)
-        counts += pairs.view(len(q), len(q)).cpu()
-    empty = counts.sum(1) == 0
-    counts[empty, empty.nonzero().flatten()] = 1  # READING: a one-hot row
-    table = (counts / counts.sum(1, keepdim=True)).to(features.device)
+        # Eq. (11): s_T[n,m] = #{h1 = n and h2 = m} / #{h1 = n}, the k rows of class c
+        pairs = (h1[c] * len(q) + h2).bincount(minlength=k * len(q))
+        counts.append(pairs.view(k, len(q)).double())
+    counts = torch.cat(counts)  # (C k, C k)
+    empty = (counts.sum(1) == 0).nonzero().flatten()
+    counts[empty, empty] = 1  # READING: a one-hot row
+    table = counts / counts.sum(1, keepdim=True)
     return Decisions(*(part.to(kind) for part in (W, b, torch.cat(centres), table)), k)
 
 
@@ -295,7 +317,8 @@ class CosineConv1x1(nn.Module):
 
     def forward(self, x):
         # s <unit(w_o), unit(x_i)>, both of unit length along the input channels
-        return self.scale * F.conv2d(F.normalize(x, dim=1), F.normalize(self.weight, dim=1))
+        omega = F.normalize(self.weight, dim=1).flatten(1)  # (out,in)
+        return self.scale * at_every_location(F.normalize(x, dim=1), omega)
 
 
 class KDLayer(nn.Module):
@@ -381,11 +404,12 @@ def build_student(name, classes, image_size, inter=0, penult=0, alpha=1.0, seed=
 
 
 def pooled(features, side):
-    """Average-pool maps r times larger than the student's, CODE; ValueError where r is no integer.
-    """
+    """Average-pool square maps r times larger than the student's, CODE; ValueError if r is no
+    integer."""
     r, rest = divmod(features.shape[3], side)
-    if r < 1 or rest:
-        raise ValueError(f"the teacher's maps have side {features.shape[3]}, the student's {side}")
+    if r < 1 or rest or features.shape[2] != features.shape[3]:
+        raise ValueError(f"the teacher's maps are {features.shape[2]}x{features.shape[3]}, the "
+                         f"student's {side}x{side}")
     return F.avg_pool2d(features, r) if r > 1 else features
 
 
@@ -396,15 +420,27 @@ class Targets(NamedTuple):
     decisions: Decisions | None
 
 
-def teacher_rows(teacher, data, sides, run):
-    """Rows of the teacher at both taps, (N,D) each, and the labels (N,); images not augmented.
-
-    At most about --rows: equally many random locations of an image, drawn by the seed.
-    """
+def rows_used(data, run):
+    """Which training images the targets are fitted on: all, or a sample of --rows; a generator
+    for what else is drawn."""
     generator = torch.Generator().manual_seed(run.seed)
-    images = len(data.train)
-    used = torch.zeros(images, dtype=torch.bool)
-    used[torch.randperm(images, generator=generator)[:run.rows]] = True
+    used = torch.zeros(len(data.train), dtype=torch.bool)
+    used[torch.randperm(len(used), generator=generator)[:run.rows]] = True
+    return used, generator
+
+
+def per_image(side, data, run):
+    """How many locations of an image the targets are fitted on."""
+    return max(1, min(side**2, run.rows // len(data.train)))
+
+
+def teacher_rows(teacher, data, sides, run):
+    """Rows of the teacher at both taps, (N,D) each, and the inner ones' labels (N,).
+
+    Images are not augmented. At most about --rows: equally many random locations of an image,
+    drawn by the seed.
+    """
+    used, generator = rows_used(data, run)
     rows, tags, seen = [[], []], [], 0
     with evaluating(teacher), autocast(run):
         for batch, labels in data.train.batches():
@@ -413,20 +449,24 @@ def teacher_rows(teacher, data, sides, run):
             x = up_to_tap(teacher, batch)
             for maps, side, kept in zip((x, after_tap(teacher, x)), sides, rows):
                 z = pooled(maps.float(), side).movedim(1, 3).flatten(1, 2)  # (B,HW,D)
-                count = max(1, min(z.shape[1], run.rows // images))
-                places = torch.rand(z.shape[:2], generator=generator).argsort(1)[:, :count]
-                places = places.to(z.device)[:, :, None].expand(-1, -1, z.shape[2])
-                kept.append(z.gather(1, places)[take].flatten(0, 1))  # (B count, D)
-            tags.append(labels[take].repeat_interleave(count))
-    return *(torch.cat(kept) for kept in rows), torch.cat(tags)
+                places = torch.rand(z.shape[:2], generator=generator).argsort(1)
+                places = places[:, :per_image(side, data, run), None].to(z.device)
+                z = z.gather(1, places.expand(-1, -1, z.shape[2]))  # (B,count,D)
+                kept.append(z[take].flatten(0, 1))
+            tags.append(labels[take].repeat_interleave(per_image(sides[0], data, run)))
+    for place, kept in enumerate(rows):
+        rows[place] = torch.cat(kept)
+        kept.clear()  # one tap at a time is there twice
+    return *rows, torch.cat(tags)
 
 
 def prepare(teacher, data, sides, run):
     """Section 5, steps 2 and 3: words, and decisions for letKD-2; cached like the teacher."""
     weights = hashlib.sha1(b"".join(value.cpu().contiguous().numpy().tobytes()
                                     for value in teacher.state_dict().values())).hexdigest()
+    sources = [Path(__file__).with_name(name).read_bytes() for name in ("letkd.py", "common.py")]
     shared = [weights, data.train.fingerprint(), run.seed, run.rows, sides, run.precision,
-              run.device.type, torch.__version__, Path(__file__).read_bytes()]
+              run.device.type, torch.__version__, sources]
     wanted = {"words": [run.words]}
     if run.layers == 2:
         wanted["decisions"] = [run.per_class, run.dimensions, data.classes]
@@ -440,11 +480,14 @@ def prepare(teacher, data, sides, run):
             inter, penult, labels = (part.cpu() if run.device.type == "mps" else part
                                      for part in rows)  # float64 is unknown there
             generator = torch.Generator().manual_seed(run.seed)
-            if kind == "words":
-                fitted = {"words": fit_words(penult, run.words, generator, kind)}
-            else:
-                fitted = fit_decisions(inter, labels, data.classes, run.per_class, run.dimensions,
-                                       generator, kind)._asdict()
+            try:
+                if kind == "words":
+                    fitted = {"words": fit_words(penult, run.words, generator, kind)}
+                else:
+                    fitted = fit_decisions(inter, labels, data.classes, run.per_class,
+                                           run.dimensions, generator, kind)._asdict()
+            except ValueError as error:
+                raise InputError(f"{kind}: {error}") from None
             path.parent.mkdir(parents=True, exist_ok=True)
             save_file(fitted, path)
             clear = "\033[K" if sys.stdout.isatty() else ""
@@ -521,7 +564,7 @@ def distill(student, teacher, targets, data, run, record):
         for name, layer in layers_of(student).items():
             after |= {f"s_q_{name}": layer.match.scale.item(),
                       f"s_v_{name}": layer.value.scale.item(),
-                      f"fire_{name}": layer.fired.double().mean().item()}
+                      f"fire_{name}": layer.fired.float().mean().item()}
         record.epoch({"epoch": epoch + 1, "lr": rates[epoch]}, after,
                      {"student": student.state_dict(), "optimizer": optimizer.state_dict(),
                       "epoch": epoch + 1, "random": random_states(generator)})
@@ -536,7 +579,7 @@ def cost(network, image_size):
     if isinstance(network, Student):
         layers = [layer if layer is not None and layer.alpha else None
                   for layer in (network.inter, network.penult)]
-        network = Student(network, *layers)
+        network = Student(network, *layers).train(network.training)
     total = 0
 
     def count(module, _, output):
@@ -573,11 +616,12 @@ def probe(forward, network, data, run):
 def word_agreement(student, teacher, words, data, run):
     """On test locations: % with argmax p_S = argmax p_T (7), and the mean of max_k p_T."""
     agree, soft, count = 0, 0.0, 0
-    with evaluating(student, teacher), autocast(run):
+    with evaluating(student, teacher):
         for images, _ in data.test.batches():
-            scores = student.forward_scores(images)[2]
-            z = after_tap(teacher, up_to_tap(teacher, images)).float()
-            p_T = word_targets(pooled(z, scores.shape[3]), words)  # (B,K,H,W)
+            with autocast(run):
+                scores = student.forward_scores(images)[2]
+                z = after_tap(teacher, up_to_tap(teacher, images))
+            p_T = word_targets(pooled(z.float(), scores.shape[3]), words)  # (B,K,H,W)
             agree += (scores.argmax(1) == p_T.argmax(1)).sum().item()
             soft, count = soft + p_T.amax(1).sum().item(), count + p_T[:, 0].numel()
     return {"agree": 100 * agree / count, "p_max": soft / count}
@@ -632,7 +676,7 @@ def run_student(teacher, targets, data, run, record):
         if own:
             found |= word_agreement(student, teacher, own.words, data, run)
             if run.layers == 2:
-                s_T = own.decisions.table
+                s_T = own.decisions.table.cpu()
                 found["entropy"] = torch.special.entr(s_T).sum(1).mean().item()
         passes = {"student forward and backward": images}
         if guide:
@@ -646,21 +690,26 @@ def run_student(teacher, targets, data, run, record):
 
 
 def plot(record, teacher, targets, data, run):
-    """layers.png: scales and firing share by epoch. subclasses.png (letKD-2 with its teacher)."""
+    """layers.png: loss terms, scales, firing share by epoch. subclasses.png (letKD-2 and its
+    teacher): the sub-class of every location of some test images, and their rows of s_T."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     rows, files = record.result["rows"], [record.folder / "layers.png"]
-    figure, axes = pyplot.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
+    figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.2), layout="constrained")
+    shown = [(axes[0], name, name) for name in ("ce", "penult", "inter")]
     for name, place in (("i", "inner"), ("p", "outer")):
-        for axis, key in ((axes[0], "s_q"), (axes[0], "s_v"), (axes[1], "fire")):
-            if f"{key}_{name}" in rows[0]:
-                axis.plot([row["epoch"] for row in rows], [row[f"{key}_{name}"] for row in rows],
-                          label=f"{key}, {place}")
-    axes[0].set(xlabel="epoch", title="Scales of eqs. (1), (3)")
-    axes[1].set(xlabel="epoch", title="Share of templates that fire", ylim=(0, 1.05))
+        shown += [(axis, f"{key}_{name}", f"{key}, {place}")
+                  for axis, key in ((axes[1], "s_q"), (axes[1], "s_v"), (axes[2], "fire"))]
+    for axis, key, label in shown:
+        if key in rows[0]:
+            axis.plot([row["epoch"] for row in rows], [row[key] for row in rows], label=label)
+    axes[0].set(title="Terms of eq. (16), nats")
+    axes[1].set(title="Scales of eqs. (1), (3)")
+    axes[2].set(title="Share of templates that fire", ylim=(0, 1.05))
     for axis in axes:
+        axis.set_xlabel("epoch")
         axis.legend(fontsize=8)
     figure.savefig(files[0], dpi=110)
     pyplot.close(figure)
@@ -669,20 +718,22 @@ def plot(record, teacher, targets, data, run):
         images, labels = next(data.test.batches(4))
         W, b, c, s_T, k = targets.decisions
         identity = Decisions(W, b, c, torch.eye(len(c), device=c.device), k)
-        with evaluating(teacher):
-            z = up_to_tap(teacher, images)
+        with evaluating(teacher), autocast(run):
+            z = up_to_tap(teacher, images).float()
             z = pooled(z, map_shapes(new_student(data, run), data.image_size)[0][1])
             h1 = decision_targets(z, labels, identity).argmax(1)  # (4,H,W)
         figure, axes = pyplot.subplots(len(images), 3, figsize=(9, 2 * len(images)), squeeze=False,
                                        layout="constrained", width_ratios=(1, 1, 3))
         for image, label, found, axis in zip(images, labels, h1, axes):
-            shown = (image * data.test.std + data.test.mean).clamp(0, 1).permute(1, 2, 0).cpu()
-            axis[0].imshow(shown)
+            seen = image.cpu() * torch.tensor(data.std).view(3, 1, 1)
+            seen = (seen + torch.tensor(data.mean).view(3, 1, 1)).clamp(0, 1)
+            axis[0].imshow(seen.permute(1, 2, 0).numpy())
             axis[0].set_title(f"class {int(label)}", fontsize=8)
-            axis[1].imshow((found - label * k).cpu(), vmin=0, vmax=k - 1, cmap="tab10")
+            axis[1].imshow((found - label * k).cpu().numpy(), vmin=0, vmax=k - 1, cmap="turbo")
             axis[1].set_title("sub-class of each location", fontsize=8)
             for n in found.unique()[:3].tolist():
-                axis[2].plot(s_T[n].cpu(), label=f"row of sub-class {n - int(label) * k}")
+                axis[2].bar(range(len(c)), s_T[n].cpu().numpy(), width=1.0, alpha=0.6,
+                            label=f"row of sub-class {n - int(label) * k}")
             axis[2].set_xlabel("sub-class of the whole table, k to a class", fontsize=8)
             axis[2].legend(fontsize=7)
             for picture in axis[:2]:
@@ -719,6 +770,8 @@ def parse_args(argv=None):
     arguments.drops = (0.3, 0.6, 0.9) if arguments.dataset == "imagenet" else DROPS
     if len(arguments.teacher_weights or ()) > 1:
         parser.error("--teacher-weights: one file, LetKD has one teacher")
+    if arguments.alpha == 0 and arguments.supervision == "none":
+        parser.error("--alpha 0 --supervision none: nothing is left but the student alone")
     check_plot(parser, arguments)
     return arguments
 
@@ -729,26 +782,29 @@ def variant(arguments, **flags):
 
 
 # ------------------------------------------------------------------------------------------ 6. main
-def check_maps(data, arguments):
+def check_maps(data, arguments, runs):
     """Sides of the student's maps at the two taps; InputError, before any training, where the
     teacher's do not fit them or the rows do not suffice."""
     shapes = [map_shapes(build_model(name, data.classes, data.image_size), data.image_size)
               for name in (arguments.teacher, arguments.student)]
-    for (_, side), (_, own) in zip(*shapes):
+    sides = [side for _, side in shapes[1]]
+    supervised = [run.layers for run in runs if run.supervision == "teacher"]
+    if not supervised:
+        return sides
+    for (_, side), own in zip(shapes[0], sides):
         if side % own:
             raise InputError(f"{arguments.teacher} has maps of side {side} where "
                              f"{arguments.student} has {own}: choose networks whose sides divide")
-    sides = [side for _, side in shapes[1]]
-    rows = [max(1, min(side**2, arguments.rows // len(data.train)))
-            * min(len(data.train), arguments.rows) for side in sides]
-    if arguments.words > rows[1]:
-        raise InputError(f"--words {arguments.words}: the training images have only {rows[1]} "
+    used, _ = rows_used(data, arguments)
+    rows = int(used.sum()) * per_image(sides[1], data, arguments)
+    if arguments.words > rows:
+        raise InputError(f"--words {arguments.words}: the training images have only {rows} "
                          "locations to fit them on; fewer words, or more --rows")
-    smallest = int(data.train.labels.bincount().min()) * max(
-        1, min(sides[0]**2, arguments.rows // len(data.train)))
-    if arguments.per_class > smallest:
+    sizes = torch.as_tensor(data.train.labels).cpu()[used].bincount(minlength=data.classes)
+    smallest = int(sizes.min()) * per_image(sides[0], data, arguments)
+    if 2 in supervised and arguments.per_class > smallest:
         raise InputError(f"--per-class {arguments.per_class}: the smallest class has only "
-                         f"{smallest} locations; fewer sub-classes, or more images")
+                         f"{smallest} locations; fewer sub-classes, or more --rows or images")
     return sides
 
 
@@ -758,7 +814,16 @@ def run_seed(arguments):
         arguments.dataset, arguments.data, arguments.image_size, arguments.train_fraction,
         0, arguments.open_set, arguments.seed, arguments.device)
     check_batch_size(data, arguments)
-    sides = check_maps(data, arguments)
+    runs = {"": arguments}
+    if arguments.compare:
+        once = {"alpha": 1.0, "supervision": "teacher"}
+        runs |= {"kd": variant(arguments, alpha=1.0, supervision="logits", layers=0),
+                 "unsupervised": variant(arguments, alpha=arguments.alpha or 1.0,
+                                         supervision="none"),
+                 "alpha-0": variant(arguments, alpha=0.0, supervision="teacher"),
+                 "letkd-1": variant(arguments, **once, layers=1),
+                 "letkd-2": variant(arguments, **once, layers=2)}
+    sides = check_maps(data, arguments, runs.values())
     print(f"{data.name}: {len(data.train)} training, {len(data.test)} test images of "
           f"{data.image_size}x{data.image_size}, {data.classes} classes; seed {arguments.seed}, "
           f"{arguments.device}")
@@ -770,14 +835,6 @@ def run_seed(arguments):
         settings = {**describe(run), **fingerprint}
         return Record(arguments.out / folder, settings, arguments.resume, arguments.device)
 
-    runs = {"": arguments}
-    if arguments.compare:
-        once = {"alpha": 1.0, "supervision": "teacher"}
-        runs |= {"kd": variant(arguments, **once, layers=0), "unsupervised": variant(
-            arguments, supervision="none"), "alpha-0": variant(arguments, alpha=0.0),
-            "letkd-1": variant(arguments, **once, layers=1),
-            "letkd-2": variant(arguments, **once, layers=2)}
-        runs["kd"].supervision = "logits"
     record = record_of(arguments, "")  # first: refuse a folder that holds another run
     rows, teacher, targets = [], None, None
     if any(run.supervision != "none" for run in runs.values()):

@@ -234,6 +234,9 @@ def test_word_targets_on_random_maps_far_from_the_origin():
     assert rows_of(found) == pytest.approx(wanted, abs=1e-9)
     single = letkd.word_targets(torch.tensor(z).float(), torch.tensor(rho).float(), 0.1)
     assert rows_of(single) == pytest.approx(wanted, abs=1e-4)
+    with torch.autocast("cpu", torch.bfloat16):  # targets stay in float32
+        again = letkd.word_targets(torch.tensor(z).float(), torch.tensor(rho).float(), 0.1)
+    assert torch.equal(again, single)
 
 
 def test_decision_targets_golden():
@@ -310,8 +313,11 @@ def test_template_loss_and_gradient_on_random_maps(size):
                                     decisions_of_the_spec()), "3 channels"),
     (lambda: letkd.fit_words(torch.zeros(3, 2), 4), "4 centres"),
     (lambda: letkd.fit_decisions(torch.zeros(9, 2), torch.tensor([0] * 7 + [1] * 2), 2, 3), "2"),
-    (lambda: letkd.pooled(torch.zeros(1, 1, 6, 6), 4), "side 6"),
-    (lambda: letkd.pooled(torch.zeros(1, 1, 2, 2), 4), "side 2")])
+    (lambda: letkd.decision_targets(grid(Z), torch.tensor([0, 0]),
+                                    decisions_of_the_spec()._replace(per_class=3)), "multiple"),
+    (lambda: letkd.pooled(torch.zeros(1, 1, 6, 6), 4), "6x6"),
+    (lambda: letkd.pooled(torch.zeros(1, 1, 8, 4), 4), "8x4"),
+    (lambda: letkd.pooled(torch.zeros(1, 1, 2, 2), 4), "2x2")])
 def test_wrong_shapes_are_refused(call, word):
     with pytest.raises(ValueError, match=word):
         call()
@@ -396,6 +402,8 @@ def test_nearest_takes_the_lowest_index_and_works_in_chunks(monkeypatch):
     rows = torch.randn(50_000, 4)
     centres = torch.randn(1000, 4)  # 16777 rows a chunk
     index, distance = letkd.nearest(rows, centres)
+    far, _ = letkd.nearest(rows + 500, centres + 500)  # an offset costs few digits
+    assert (far == index).double().mean() > 0.995
     d = torch.cdist(rows[::7].double(), centres.double()).square()
     assert distance[::7].numpy() == pytest.approx(d.min(1).values.numpy(), abs=1e-4)
     assert (index[::7] == d.argmin(1)).double().mean() > 0.999
@@ -670,7 +678,8 @@ def test_the_paper_scale_defaults():
     ("--layers 3", "--layers"), ("--alpha -1", "--alpha"), ("--supervision both", "--supervision"),
     ("--words 1", "--words"), ("--per-class 0", "--per-class"), ("--dimensions 0", "--dimensions"),
     ("--rows 0", "--rows"), ("--teacher-weights a b", "--teacher-weights"),
-    ("--student nonsense", "nonsense"), ("--alpha x", "--alpha")])
+    ("--student nonsense", "nonsense"), ("--alpha x", "--alpha"),
+    ("--alpha 0 --supervision none", "student alone")])
 def test_argument_errors_are_one_line(flags, word, capsys):
     with pytest.raises(SystemExit) as stop:
         letkd.parse_args(flags.split())
@@ -853,6 +862,10 @@ def test_compare_prints_every_control(whole, run, tmp_path):
     assert found["letKD-1"]["probe_x_hat"] == "-"
     aux = found["2 auxiliary heads, alpha 0"]
     assert aux["probe_x"] == aux["probe_x_hat"]
+    kinds = {folder: result_of(tmp_path / folder)["arguments"] for folder in (
+        "unsupervised", "alpha-0")}
+    assert [kinds["unsupervised"][k] for k in ("alpha", "supervision")] == [1, "none"]
+    assert [kinds["alpha-0"][k] for k in ("alpha", "supervision")] == [0, "teacher"]
     images = result_of(tmp_path / "unsupervised")["images"]
     assert images == {"student forward and backward": 520}
 
@@ -908,6 +921,7 @@ def test_rows_are_the_teachers_own(run):
 
 @pytest.mark.parametrize("flags, word", [
     ("--words 5000", "--words 5000"), ("--per-class 200", "--per-class 200"),
+    ("--rows 30 --words 12", "--per-class 2"),
     ("--teacher vgg8 --image-size 16", "divide"), ("--batch-size 500", "--batch-size"),
     ("--teacher-weights missing.pt", "missing.pt")])
 def test_what_does_not_fit_is_refused_before_any_training(run, tmp_path, flags, word):
