@@ -180,15 +180,14 @@ def exact(operation, values, level, sign=1):
     from torchvision.transforms import InterpolationMode
     from torchvision.transforms.v2 import functional as tv
 
-    side, part = values.shape[3], sign * level / 9
-    shift = math.trunc(150 / 331 * side * part)  # whole pixels
-    slope = math.degrees(math.atan(0.3 * part))
+    factor = 1 + sign * 0.9 * level / 9
+    slope = math.degrees(math.atan(sign * 0.3 * level / 9))
+    shift = math.trunc(sign * 150 / 331 * level / 9 * values.shape[3])  # whole pixels
 
     def affine(translate, shear, center=None):
         return tv.affine(values, angle=0.0, translate=translate, scale=1.0, shear=shear,
                          interpolation=InterpolationMode.NEAREST, center=center)
 
-    factor = 1 + 0.9 * part
     return {
         "Brightness": lambda: tv.adjust_brightness(values, factor),
         "Color": lambda: tv.adjust_saturation(values, factor),
@@ -200,7 +199,7 @@ def exact(operation, values, level, sign=1):
         "ShearY": lambda: affine([0, 0], [0.0, slope], [0, 0]),
         "TranslateX": lambda: affine([shift, 0], [0.0, 0.0]),
         "TranslateY": lambda: affine([0, shift], [0.0, 0.0]),
-        "Rotate": lambda: tv.rotate(values, 30 * part, InterpolationMode.NEAREST),
+        "Rotate": lambda: tv.rotate(values, sign * 30 * level / 9, InterpolationMode.NEAREST),
         "Equalize": lambda: tv.equalize(values),
         "Invert": lambda: tv.invert(values),
     }[operation]()

@@ -1,0 +1,1027 @@
+"""TST against its specification: section 11, oracles, gradients, the stages' freezing, tiny runs.
+
+The oracles are numpy in float64, written from the equations; goldens are typed from the
+specification, beside them the numbers that the usual mistakes would give.
+"""
+
+import contextlib
+import copy
+import csv
+import io
+import itertools
+import json
+import math
+import re
+import shlex
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import common
+import tst
+
+ROOT = Path(__file__).resolve().parents[1]
+DIGITS = 1e-6
+T, S, Y = [[2, 0.5, -1], [0.3, -0.2, 1.5]], [[1, 0.8, -0.5], [0.9, 0.1, -0.3]], [0, 2]
+T2, S2 = [[1.2, 0, -0.3], [-0.5, 0.1, 2]], [[0.2, -0.1, 0.4], [-0.6, 0.5, 0.7]]
+
+
+def tensor(values, grad=False):
+    return torch.tensor(np.asarray(values, float), requires_grad=grad)
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def log_p(z, tau=1.0):
+    z = np.asarray(z, float) / tau
+    z = z - z.max(1, keepdims=True)
+    return z - np.log(np.exp(z).sum(1, keepdims=True))
+
+
+def kl(t, s, tau):
+    a, b = log_p(t, tau), log_p(s, tau)
+    return (np.exp(a) * (a - b)).sum(1).mean()
+
+
+# ------------------------------------------------------------------------------ gates, (1) to (5)
+@pytest.mark.parametrize("temperature, values, slopes", [
+    (0.05, (0.5, 0.731059, 0.598713, 0.598482, 0.279699),
+     (5, 3.932239, 4.805114, 4.806024, 4.029346)),
+    (1.0, (0.5, 0.512497, 0.505001, 0.504989, 0.488178), None)])
+def test_gate_golden(monkeypatch, temperature, values, slopes):
+    u = torch.tensor([0.5, 0.5, 0.51, 0.48, 0.3], dtype=torch.float64)
+    monkeypatch.setattr(torch, "rand", lambda *args, **flags: u)
+    logits = tensor([0, 0.05, -0.02, 0.1, 0.8], True)
+    gates = tst.relaxed_bernoulli(logits, temperature)
+    assert gates.detach().numpy() == pytest.approx(np.array(values), abs=DIGITS)
+    gates.sum().backward()
+    if slopes:
+        assert logits.grad.numpy() == pytest.approx(np.array(slopes), abs=5e-6)
+
+
+def test_the_gates_rate_is_the_sigmoid_of_its_logit():
+    """Monte Carlo, four standard errors: .5, .6225, .2689; and .5 through the augmenter at 0."""
+    for logit, rate in ((0, 0.5), (0.5, 0.6225), (-1, 0.2689)):
+        gates = tst.relaxed_bernoulli(torch.full((40_000,), float(logit)), generator=generator())
+        assert (gates > 0.5).double().mean().item() == pytest.approx(
+            rate, abs=4 * (rate * (1 - rate) / 40_000) ** 0.5)
+    augmenter, found = plain_augmenter(operations=1), []
+    augmenter.transform = lambda i, images, magnitude: images + 1
+    for _ in range(2000):
+        found.append((augmenter(torch.zeros(1, 3, 2, 2)).mean() > 0.5).item())
+    assert np.mean(found) == pytest.approx(0.5, abs=4 * 0.5 / 2000**0.5)  # 0.6225 if sigma twice
+
+
+def test_the_uniform_draw_is_clamped(monkeypatch):
+    for value in (0.0, 1.0):
+        monkeypatch.setattr(torch, "rand", lambda *args, v=value, **flags: torch.full((1,), v))
+        logits = torch.zeros(1, requires_grad=True)
+        gate = tst.relaxed_bernoulli(logits)
+        gate.sum().backward()
+        assert torch.isfinite(gate).all() and torch.isfinite(logits.grad).all()
+
+
+def plain_augmenter(seed=0, **flags):
+    encoders = [tst.ColorEncoder() if i < 6 else tst.GeometricEncoder() for i in range(11)]
+    return tst.Augmenter(encoders, torch.full((3, 1, 1), 0.5), torch.full((3, 1, 1), 0.25),
+                         generator=generator(seed), **flags)
+
+
+def test_magnitudes_and_probabilities():
+    augmenter = plain_augmenter()
+    assert augmenter.magnitudes().tolist() == [0.5] * 11
+    assert augmenter.probabilities().tolist() == [0.5] * 14
+    with torch.no_grad():
+        augmenter.theta_m[3], augmenter.theta_p[13] = 2.0, -1.0
+    assert augmenter.magnitudes()[3].item() == pytest.approx(0.880797, abs=DIGITS)
+    assert augmenter.probabilities()[13].item() == pytest.approx(0.268941, abs=DIGITS)
+
+
+def test_composition_golden(monkeypatch):
+    """x = .2, T_a = .8, T_b = -.4, g = (.75, .5): .35; chained it were .125. Gates 0 and 1."""
+    augmenter, x = plain_augmenter(operations=2), torch.full((1, 3, 2, 2), 0.2)
+    monkeypatch.setattr(torch, "randperm", lambda *args, **flags: torch.arange(14))
+    augmenter.transform = lambda i, images, m: torch.full_like(images, (0.8, -0.4)[i])
+    for gates, wanted in (((0.75, 0.5), 0.35), ((1, 1), 0.8 - 0.4 - 0.2)):
+        monkeypatch.setattr(tst, "relaxed_bernoulli",
+                            lambda *args, g=gates: torch.tensor([*g, *[0.0] * 12]))
+        assert augmenter(x).detach().flatten().tolist() == pytest.approx([wanted] * 12)
+    monkeypatch.setattr(tst, "relaxed_bernoulli", lambda *args: torch.zeros(14))
+    assert torch.equal(augmenter(x), x)
+
+
+def test_k_of_fourteen_are_drawn_and_the_original_is_what_each_sees():
+    counts = np.zeros(14)
+    for K in (1, 4, 14):
+        augmenter, x = plain_augmenter(operations=K), torch.randn(2, 3, 4, 4)
+        for _ in range(300):
+            seen = []
+
+            def watch(i, images, magnitude, seen=seen, x=x):
+                assert images is x
+                assert (magnitude is None) == (i >= 11)
+                seen.append(i)
+                return images + 1
+            augmenter.transform = watch
+            augmenter(x)
+            assert len(seen) == len(set(seen)) == K
+            if K == 4:
+                counts[seen] += 1
+    assert counts / 300 == pytest.approx(np.full(14, 4 / 14), abs=0.12)
+
+
+def test_equal_generators_equal_images():
+    x = torch.rand(3, 3, 16, 16)
+    a, b, c = plain_augmenter(4), plain_augmenter(4), plain_augmenter(5)
+    for first, second in zip(a.encoders, b.encoders):
+        second.load_state_dict(first.state_dict())
+    a, b, c = ([augmenter(x).detach() for _ in range(6)] for augmenter in (a, b, c))
+    assert all(torch.equal(one, two) for one, two in zip(a, b))
+    assert not any(torch.equal(one, two) for one, two in zip(a, c))
+
+
+# ------------------------------------------------------------------------- encoders, (6) to (9)
+def test_unfitted_encoders_are_the_identity():
+    x, m = torch.randn(2, 3, 9, 9), torch.rand(2, 1)
+    for encoder in (tst.GeometricEncoder(), tst.ColorEncoder()):
+        assert encoder(x, m).detach().numpy() == pytest.approx(x.numpy(), abs=1e-5)
+
+
+def test_affine_by_hand():
+    encoder = tst.GeometricEncoder().double()
+    random = np.random.default_rng(0)
+    h, W, b = random.normal(size=6), random.normal(size=(6, 7)), random.normal(size=6)
+    with torch.no_grad():
+        for parameter, value in ((encoder.h, h), (encoder.W, W), (encoder.b, b)):
+            parameter.copy_(torch.tensor(value))
+    m = random.normal(size=(3, 1))
+    wanted = np.stack([(W @ np.append(h, one) + b).reshape(2, 3) for one in m[:, 0]])
+    assert encoder.affine(tensor(m), 0).detach().numpy() == pytest.approx(wanted, abs=1e-12)
+    noisy = encoder.affine(tensor(m), 0.01, generator(1)).detach().numpy()
+    epsilon = torch.randn(3, 7, generator=generator(1)).double().numpy()
+    wanted = np.stack([(W @ (np.append(h, one) + 0.01 * e) + b).reshape(2, 3)
+                       for one, e in zip(m[:, 0], epsilon)])
+    assert noisy == pytest.approx(wanted, abs=1e-9)
+
+
+def geometric(matrix):
+    encoder = tst.GeometricEncoder()
+    with torch.no_grad():
+        encoder.b.copy_(torch.tensor(matrix, dtype=torch.float32).flatten())
+    return encoder
+
+
+@pytest.mark.parametrize("offset, wanted", [(0.5, (2, 3, 4, 0)), (0.25, (1.5, 2.5, 3.5, 2)),
+                                            (-0.5, (0, 1, 2, 3))])
+def test_sampling_golden(offset, wanted):
+    """align_corners=True would give (1.75, 2.75, 3.75, 1) for the first."""
+    x = torch.tensor([1.0, 2, 3, 4]).expand(1, 3, 4, 4)
+    encoder = geometric([[1, 0, offset], [0, 1, 0]])
+    assert encoder(x, torch.zeros(1, 1), 0)[0, 0, 0].tolist() == pytest.approx(wanted, abs=1e-5)
+
+
+def test_a_quarter_turn():
+    """Rotation by 90 degrees takes the right-middle pixel to the top-middle."""
+    x = torch.zeros(1, 3, 5, 5)
+    x[:, :, 2, 4] = 1
+    turned = geometric([[0, -1, 0], [1, 0, 0]])(x, torch.zeros(1, 1), 0)
+    assert turned[0, 0, 0, 2].item() == pytest.approx(1, abs=1e-5)
+    assert turned.sum().item() == pytest.approx(3, abs=1e-4)
+
+
+def color_of_the_spec():
+    encoder = tst.ColorEncoder()
+    with torch.no_grad():
+        encoder.f.zero_()
+        encoder.G[0, 10], encoder.G[1, 10] = 1, -0.5
+        encoder.kappa.fill_(2)
+    return encoder
+
+
+def test_color_golden():
+    encoder, m = color_of_the_spec(), torch.tensor([[0.0], [0.5], [1.0]])
+    a, d = encoder.scale_shift(m, 0)
+    assert a.flatten().tolist() == pytest.approx([1, 1.244919, 1.462117], abs=DIGITS)
+    assert d.flatten().tolist() == pytest.approx([0, -0.062177, -0.122459], abs=DIGITS)
+    out = encoder(torch.full((3, 3, 5, 5), 0.3), m, 0)
+    assert out[:, 1, 2, 2].tolist() == pytest.approx([0.3, 0.311299, 0.316176], abs=DIGITS)
+    a, d = encoder.scale_shift(m, 0.01, generator(3))  # one draw for the whole call
+    epsilon = torch.randn(10, generator=generator(3))
+    with torch.no_grad():
+        encoder.G[0, :10] = 1
+        a, _ = encoder.scale_shift(m, 0.01, generator(3))
+        logit = 0.01 * epsilon.sum() + m[:, 0]
+    assert a.flatten().detach().numpy() == pytest.approx(
+        (2 * (torch.sigmoid(logit) - 0.5) + 1).numpy(), abs=1e-5)
+
+
+def test_color_convolution_by_hand():
+    """J mixes channels and neighbours after scale and shift; zeros, not d, outside."""
+    encoder, random = color_of_the_spec().double(), np.random.default_rng(1)
+    J, x = random.normal(size=(3, 3, 5, 5)), random.normal(size=(1, 3, 6, 6))
+    with torch.no_grad():
+        encoder.J.copy_(torch.tensor(J))
+    out = encoder(tensor(x), tensor([[0.5]]), 0).detach().numpy()
+    shaded = np.pad(1.24491866 * x - 0.06217661, ((0, 0), (0, 0), (2, 2), (2, 2)))
+    wanted = np.array([[[(J[c] * shaded[0, :, r:r + 5, q:q + 5]).sum() for q in range(6)]
+                        for r in range(6)] for c in range(3)])
+    assert out[0] == pytest.approx(wanted, abs=5e-6)
+
+
+# ------------------------------------------------------------- hand-written operations, (10), (11)
+@pytest.mark.parametrize("operation, factor, wanted", [
+    ("Brightness", 1.5, (255, 150, 60)), ("Color", 1.5, (238, 88, 0)),
+    ("Brightness", 0.5, (100, 50, 20)), ("Color", 0.5, (161, 111, 81))])
+def test_pixel_goldens(operation, factor, wanted):
+    image = torch.tensor([200, 100, 40], dtype=torch.uint8).view(1, 3, 1, 1).expand(1, 3, 4, 4)
+    found = tst.exact(operation, image.contiguous(), 5, 1 if factor > 1 else -1)
+    assert found[0, :, 0, 0].tolist() == list(wanted)
+
+
+def test_contrast_posterize_solarize_goldens():
+    """The image's mean grey is 100: half its pixels 123, half 77 = floor(0.9999 78)."""
+    image = torch.full((1, 3, 2, 2), 78, dtype=torch.uint8)
+    image[0, :, 0] = torch.tensor([200, 100, 40], dtype=torch.uint8)[:, None]
+    for factor, wanted in ((1.5, (250, 100, 10)), (0.5, (150, 100, 70))):
+        found = tst.exact("Contrast", image, 5, 1 if factor > 1 else -1)
+        assert found[0, :, 0, 0].tolist() == list(wanted)
+    assert tst.exact("Posterize", image, 9)[0, :, 0, 0].tolist() == [192, 96, 32]
+    bits = [8, 8, 7, 7, 6, 6, 5, 5, 4, 4]
+    ramp = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16).contiguous()
+    for k in range(10):
+        step = 2 ** (8 - bits[k])
+        assert torch.equal(tst.exact("Posterize", ramp, k).int(), ramp.int() // step * step)
+        threshold = 255 - 255 * k / 9
+        wanted = torch.where(ramp >= threshold, 255 - ramp, ramp)
+        assert torch.equal(tst.exact("Solarize", ramp, k), wanted)
+    level = (255 - 128) / 255 * 9
+    assert tst.exact("Solarize", image, level)[0, :, 0, 0].tolist() == [55, 100, 40]
+
+
+def color_oracle(operation, v, F_):
+    gray = np.floor(0.2989 * v[:, 0] + 0.587 * v[:, 1] + 0.114 * v[:, 2])[:, None]
+    if operation == "Sharpness":
+        smooth = v.copy()
+        for r, c in itertools.product(range(1, v.shape[2] - 1), range(1, v.shape[3] - 1)):
+            window = v[:, :, r - 1:r + 2, c - 1:c + 2]
+            smooth[:, :, r, c] = np.round((window.sum((2, 3)) + 4 * v[:, :, r, c]) / 13)
+    e = {"Brightness": 0, "Color": gray, "Contrast": gray.mean((1, 2, 3), keepdims=True),
+         "Sharpness": smooth if operation == "Sharpness" else 0}[operation]
+    return np.floor(np.clip(F_ * v + (1 - F_) * e, 0, 255))
+
+
+@pytest.mark.parametrize("operation", ["Brightness", "Color", "Contrast", "Sharpness"])
+def test_color_targets_by_the_table(operation):
+    """1.4 v is a whole number for every fifth v, and float32 may fall either way: off by one."""
+    v = np.random.default_rng(0).integers(0, 256, (3, 3, 12, 12))
+    for level, sign in ((0, 1), (4, 1), (9, 1), (2, -1), (9, -1)):
+        found = tst.exact(operation, torch.tensor(v, dtype=torch.uint8), level, sign).numpy()
+        wanted = color_oracle(operation, v.astype(float), 1 + sign * 0.9 * level / 9)
+        gap = np.abs(found - wanted)
+        assert gap.max() <= 1 and (gap > 0).mean() < 0.2
+
+
+def geometric_oracle(v, A):
+    """Nearest sampling by loops: output pixel n reads v at A n, black outside."""
+    side = v.shape[-1]
+    out = np.zeros_like(v)
+    for Yp, Xp in itertools.product(range(side), range(side)):
+        x, y = np.array(A) @ [(2 * Xp + 1) / side - 1, (2 * Yp + 1) / side - 1, 1]
+        column, row = (np.rint(((c + 1) * side - 1) / 2).astype(int) for c in (x, y))
+        if 0 <= column < side and 0 <= row < side:
+            out[:, :, Yp, Xp] = v[:, :, row, column]
+    return out
+
+
+PIXELS = [0, 1, 3, 4, 6, 8, 9, 11, 12, 14]
+
+
+@pytest.mark.parametrize("operation", tst.OPERATIONS[6:11])
+@pytest.mark.parametrize("level, sign", [(0, 1), (3, 1), (5, -1), (9, 1), (9, -1)])
+def test_geometric_targets_by_their_matrix(operation, level, sign):
+    """Ties between two pixels may fall either way in a shear: under 1 % of the pixels."""
+    v = np.random.default_rng(level).integers(1, 256, (1, 3, 32, 32))
+    shear, turn = sign * 0.3 * level / 9, math.radians(sign * 30 * level / 9)
+    shift = -2 * sign * PIXELS[level] / 32
+    A = {"ShearX": [[1, shear, shear], [0, 1, 0]], "ShearY": [[1, 0, 0], [shear, 1, shear]],
+         "TranslateX": [[1, 0, shift], [0, 1, 0]], "TranslateY": [[1, 0, 0], [0, 1, shift]],
+         "Rotate": [[math.cos(turn), -math.sin(turn), 0], [math.sin(turn), math.cos(turn), 0]]}
+    found = tst.exact(operation, torch.tensor(v, dtype=torch.uint8), level, sign).numpy()
+    assert (found != geometric_oracle(v, A[operation])).mean() < 0.01
+
+
+def test_equalize_invert_golden():
+    image = torch.full((1, 3, 32, 32), 10, dtype=torch.uint8)
+    image[:, :, 16:24], image[:, :, 24:] = 20, 30
+    found = tst.exact("Equalize", image, 0)
+    assert [found[0, 1, r, 0].item() for r in (0, 16, 24)] == [0, 171, 255]
+    small = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8, generator=generator())
+    assert torch.equal(tst.exact("Equalize", small, 0), small)
+    assert torch.equal(tst.exact("Invert", small, 0), 255 - small)
+    v = np.random.default_rng(0).integers(40, 90, (2, 3, 32, 32))
+    wanted = np.empty_like(v)
+    for b, c in itertools.product(range(2), range(3)):
+        hist = np.bincount(v[b, c].ravel(), minlength=256)
+        step = (1024 - hist[np.nonzero(hist)[0][-1]]) // 255
+        lut = np.minimum(255, (np.concatenate([[0], hist.cumsum()[:-1]]) + step // 2) // step)
+        lut[0] = 0
+        wanted[b, c] = lut[v[b, c]]
+    assert np.array_equal(tst.exact("Equalize", torch.tensor(v, dtype=torch.uint8), 0), wanted)
+
+
+def test_bytes_there_and_back():
+    mean, std = torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1), torch.full((3, 1, 1), 0.25)
+    v = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8, generator=generator())
+    x = tst.from_bytes(v, mean, std)
+    assert x.numpy() == pytest.approx(((v / 255 - mean) / std).numpy())
+    assert torch.equal(tst.to_bytes(x, mean, std), v)
+    far = torch.tensor([9.0, -9.0]).view(2, 1, 1, 1).expand(2, 3, 1, 1)
+    assert tst.to_bytes(far, mean, std).flatten().tolist() == [255] * 3 + [0] * 3
+
+
+def test_cutout():
+    """Side H, anywhere: 56.25 % on average over all centres, from 25 to 100 %; one for all."""
+    augmenter, x = plain_augmenter(), torch.ones(2, 3, 32, 32)
+    shares = []
+    for _ in range(400):
+        cut = augmenter.transform(13, x, None)
+        assert torch.equal(cut[0], cut[1])
+        shares.append((cut[0, 0] == 0).double().mean().item())
+    assert min(shares) >= 0.25 and max(shares) <= 1
+    assert np.mean(shares) == pytest.approx(0.5625, abs=0.04)
+    every = [(min(32, y + 16) - max(0, y - 16)) * (min(32, c + 16) - max(0, c - 16)) / 1024
+             for y in range(32) for c in range(32)]
+    assert (np.mean(every), min(every), max(every)) == (0.5625, 0.25, 1.0)
+
+
+def test_fixed_operations_pass_no_gradient_but_their_gate_gets_one():
+    for i in (11, 12, 13):
+        augmenter = plain_augmenter(operations=14)
+        x = torch.rand(2, 3, 16, 16, requires_grad=True)
+        out = augmenter.transform(i, x, None)
+        assert not out.requires_grad
+        augmenter.transform = lambda j, images, m, i=i, out=out: out if j == i else images
+        augmenter(x).sum().backward()
+        assert augmenter.theta_p.grad[i] != 0
+        assert torch.count_nonzero(augmenter.theta_p.grad) == 1
+
+
+# -------------------------------------------------------------------------------- Stage I, (11)
+def smooth_images(count=256):
+    noise = torch.randn(count, 3, 4, 4, generator=generator(9))
+    return F.interpolate(noise, (32, 32), mode="bilinear", align_corners=False)
+
+
+STATS = torch.full((3, 1, 1), 0.5), torch.full((3, 1, 1), 0.25)
+LIMITS = {"ShearX": 0.06, "ShearY": 0.06, "TranslateX": 0.10, "TranslateY": 0.10, "Rotate": 0.16}
+
+
+def matrix_error(encoder, name):
+    worst = 0
+    for m in np.linspace(-1, 1, 9):
+        r = math.radians(30 * m)
+        A = {"ShearX": [[1, 0.3 * m, 0.3 * m], [0, 1, 0]],
+             "ShearY": [[1, 0, 0], [0.3 * m, 1, 0.3 * m]],
+             "TranslateX": [[1, 0, -2 * 150 / 331 * m], [0, 1, 0]],
+             "TranslateY": [[1, 0, 0], [0, 1, -2 * 150 / 331 * m]],
+             "Rotate": [[math.cos(r), -math.sin(r), 0], [math.sin(r), math.cos(r), 0]]}[name]
+        found = encoder.affine(torch.tensor([[m]], dtype=torch.float32), 0)[0].numpy()
+        worst = max(worst, np.abs(found - A).max())
+    return worst
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_fitted_matrices_match_the_closed_forms(name):
+    torch.manual_seed(1)
+    encoder = tst.GeometricEncoder()
+    loss = tst.fit_encoder(encoder, name, smooth_images(), *STATS, steps=500,
+                           generator=generator(2))
+    assert math.isfinite(loss) and not any(p.requires_grad for p in encoder.parameters())
+    assert matrix_error(encoder, name) < LIMITS[name]
+
+
+def test_white_noise_has_no_useful_gradient():
+    """The negative control of the fit."""
+    torch.manual_seed(1)
+    encoder, noise = tst.GeometricEncoder(), torch.randn(256, 3, 32, 32, generator=generator(3))
+    tst.fit_encoder(encoder, "TranslateX", noise, *STATS, steps=300, generator=generator(2))
+    assert matrix_error(encoder, "TranslateX") > 0.5
+
+
+def test_brightness_is_fitted_better_than_the_identity():
+    torch.manual_seed(1)
+    encoder, images = tst.ColorEncoder(), smooth_images()
+    loss = tst.fit_encoder(encoder, 0, images, *STATS, steps=500, generator=generator(2))
+    nothing = tst.identity_error("Brightness", images, *STATS)
+    assert loss < 0.4 * nothing
+    a, d = encoder.scale_shift(torch.tensor([[-1.0], [1.0]]), 0)
+    assert a[0] < a[1]  # brighter at a larger magnitude
+
+
+def test_a_fit_step_is_eq_11(monkeypatch):
+    """One step at rate 0: the loss that is returned, from its definition."""
+    images, encoder = smooth_images(20), geometric([[1, 0.1, 0], [0, 1, 0.2]])
+    monkeypatch.setattr(torch, "rand", lambda *args, **flags: torch.tensor([0.57, 0.9]))
+    loss = tst.fit_encoder(encoder, "Rotate", images, *STATS, steps=1, batch_size=8, lr=0.0,
+                           generator=generator(5))
+    x = images[torch.randint(20, (8,), generator=generator(5))]
+    target = tst.exact("Rotate", tst.to_bytes(x, *STATS), 5, -1)  # floor(5.7), the coin says minus
+    wanted = (encoder(x, torch.full((8, 1), -0.57), 0) - tst.from_bytes(target, *STATS))
+    assert loss == pytest.approx(wanted.square().mean().item(), rel=1e-5)
+    seen = []
+
+    def watch(name, values, level, sign=1):
+        seen.append((level, sign))
+        return values
+    monkeypatch.setattr(tst, "exact", watch)
+    for rho in (0.0, 0.999, 1.0):
+        monkeypatch.setattr(torch, "rand", lambda *args, r=rho, **f: torch.tensor([r, 0.9]))
+        tst.fit_encoder(tst.ColorEncoder(), "Solarize", images, *STATS, steps=1, batch_size=4)
+        tst.fit_encoder(tst.ColorEncoder(), "Color", images, *STATS, steps=1, batch_size=4)
+    assert seen == [(0, 1), (0, -1), (9, 1), (9, -1), (9, 1), (9, -1)]
+
+
+# --------------------------------------------------------------------------- losses, (12) to (17)
+@pytest.mark.parametrize("term, student, total, d_s", [
+    ("non_saturating", 0.430834, 0.748819, [[0.244875, -0.192431, -0.052444],
+                                           [-0.059358, -0.026671, 0.086030]]),
+    ("negative_ce", -1.236888, -0.918903, [[0.255125, -0.200486, -0.054639],
+                                          [-0.285629, -0.128341, 0.413970]])])
+def test_augmentation_loss_golden(term, student, total, d_s):
+    t, s = tensor(T, True), tensor(S, True)
+    found = tst.augmentation_loss(t, s, torch.tensor(Y), term)
+    assert [part.item() for part in found] == pytest.approx([total, 0.317985, student], abs=DIGITS)
+    found[0].backward()
+    assert t.grad.numpy() == pytest.approx(np.array(
+        [[-0.107201, 0.087645, 0.019556], [0.101489, 0.061556, -0.163045]]), abs=DIGITS)
+    assert s.grad.numpy() == pytest.approx(np.array(d_s), abs=DIGITS)
+
+
+def test_augmentation_loss_of_equal_logits():
+    t, s = tensor(S, True), tensor(S, True)
+    loss = tst.augmentation_loss(t, s, torch.tensor(Y), "negative_ce")[0]
+    loss.backward()
+    assert loss.item() == pytest.approx(0) and torch.allclose(t.grad, -s.grad)
+    loss = tst.augmentation_loss(tensor(S), tensor(S), torch.tensor(Y))[0]
+    assert loss.item() == pytest.approx(1.667722, abs=DIGITS)
+    sure = torch.tensor([[60.0, 0, 0]])
+    assert tst.augmentation_loss(sure, sure, torch.tensor([0]))[2].item() == pytest.approx(
+        18.42, abs=0.01)
+
+
+@pytest.mark.parametrize("weight, tau, total", [(1, 4, 1.656736), (0.5, 4, 1.446812),
+                                                (1, 1, 1.639677)])
+def test_distillation_loss_golden(weight, tau, total):
+    t, s = tensor(T, True), tensor(S, True)
+    loss = tst.distillation_loss(s, t, torch.tensor(Y), weight, tau)
+    assert loss.item() == pytest.approx(total, abs=DIGITS)
+    loss.backward()
+    assert t.grad is None
+    if (weight, tau) == (1, 4):
+        assert s.grad.numpy() == pytest.approx(np.array(
+            [[-0.423198, 0.285039, 0.138159], [0.448273, 0.222048, -0.670321]]), abs=DIGITS)
+        assert tst.softened_kl(s, t, 4).item() == pytest.approx(0.026240, abs=DIGITS)
+
+
+def test_the_loss_betrays_the_mistake():
+    ce = -log_p(S)[[0, 1], Y].mean()
+    swapped, mean, no_square = 16 * kl(S, T, 4), 16 * kl(T, S, 4) / 3, ce + kl(T, S, 4)
+    for wrong, listed, right in ((swapped, 0.402480, 0.419848), (mean, 0.139949, 0.419848),
+                                 (no_square, 1.263129, 1.656736)):
+        assert wrong == pytest.approx(listed, abs=DIGITS) and abs(wrong - right) > 1e-2
+
+
+def test_the_mean_of_halves_is_the_loss_of_the_concatenation():
+    """Eq. (17): 1.417369, and D of the second half 1.178002."""
+    y = torch.tensor(Y)
+    first, second = (tst.distillation_loss(tensor(s), tensor(t), y).item()
+                     for s, t in ((S, T), (S2, T2)))
+    both = tst.distillation_loss(tensor(S + S2), tensor(T + T2), torch.cat([y, y])).item()
+    assert second == pytest.approx(1.178002, abs=DIGITS)
+    assert both == pytest.approx(1.417369, abs=DIGITS) == pytest.approx((first + second) / 2)
+
+
+@pytest.mark.parametrize("batch, classes, tau, weight", [(5, 4, 4, 1), (3, 10, 1, 0.3)])
+def test_losses_on_random_logits(batch, classes, tau, weight):
+    random = np.random.default_rng(batch)
+    t, s, y = *random.normal(0, 2, (2, batch, classes)), random.integers(0, classes, batch)
+    p_T, p_S = (np.exp(log_p(z))[np.arange(batch), y] for z in (t, s))
+    found = tst.augmentation_loss(tensor(t), tensor(s), torch.tensor(y))
+    assert found[1].item() == pytest.approx(-np.log(p_T).mean())
+    assert found[2].item() == pytest.approx(-np.log(1 - p_S + 1e-8).mean())
+    loss = tst.distillation_loss(tensor(s), tensor(t), torch.tensor(y), weight, tau).item()
+    assert loss == pytest.approx(-np.log(p_S).mean() + weight * tau**2 * kl(t, s, tau))
+    assert tst.true_class(tensor(s), torch.tensor(y)).item() == pytest.approx(p_S.mean())
+
+
+@pytest.mark.parametrize("call, word", [
+    (lambda: tst.augmentation_loss(tensor(T), tensor(S), torch.tensor(Y), "sigmoid"), "sigmoid"),
+    (lambda: tst.augmentation_loss(tensor(T), tensor(S[:1]), torch.tensor(Y)), r"\(1, 3\)"),
+    (lambda: tst.distillation_loss(tensor(S), tensor(T)[:, :2], torch.tensor(Y)), r"\(2, 2\)"),
+    (lambda: tst.distillation_loss(tensor(S), tensor(T)[:1], torch.tensor(Y)), r"\(1, 3\)"),
+    (lambda: plain_augmenter(operations=0), "operations = 0"),
+    (lambda: plain_augmenter(operations=15), "operations = 15"),
+    (lambda: plain_augmenter().transform(14, torch.zeros(1, 3, 4, 4), None), "14"),
+    (lambda: tst.Augmenter([], *STATS), "0 encoders"),
+    (lambda: tst.fit_encoder(tst.ColorEncoder(), "Invert", None, *STATS), "Invert"),
+    (lambda: tst.fit_encoder(tst.ColorEncoder(), 11, None, *STATS), "11"),
+    (lambda: tst.fit_encoder(tst.ColorEncoder(), "Blur", None, *STATS), "Blur")])
+def test_wrong_input_is_refused(call, word):
+    with pytest.raises(ValueError, match=word):
+        call()
+
+
+def test_plateau_golden():
+    rate, previous, rates = 0.01, 999.0, []
+    for loss in (2, 1.9, 1.89, 1.885, 1.95, 1.96, 1.93):
+        rate, previous = tst.plateau(previous, loss, rate), loss
+        rates.append(rate)
+    assert rates == pytest.approx([0.01, 0.01, 0.009, 0.0081, 0.0081, 0.00729, 0.00729])
+
+
+def test_learning_rates():
+    exponents = [round(float(np.log10(0.1 / rate))) for rate in tst.learning_rates(0.1, 240)]
+    assert exponents == [0] * 150 + [1] * 30 + [2] * 30 + [3] * 30
+    drops = tst.parse_args("--dataset imagenet --device cpu".split()).drops
+    exponents = [round(float(-np.log10(rate))) for rate in tst.learning_rates(1, 100, drops)]
+    assert exponents == [0] * 40 + [1] * 30 + [2] * 30
+
+
+# -------------------------------------------------------------------------- Stage II, (18), (19)
+def test_gradients_of_theta_against_central_differences():
+    """(d): float64, the same generator state each time; and (18), (19) written out."""
+    torch.manual_seed(0)
+    augmenter = plain_augmenter(operations=14).double()
+    augmenter.temperature = 1.0  # soft enough for differences
+    with torch.no_grad():
+        for encoder in augmenter.encoders:
+            for parameter in encoder.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        augmenter.theta_m.copy_(torch.randn(11))
+        augmenter.theta_p.copy_(torch.randn(14))
+    x, direction = torch.rand(2, 3, 8, 8).double(), torch.randn(2, 3, 8, 8).double()
+
+    def value():
+        augmenter.generator = generator(3)
+        return (augmenter(x) * direction).sum()
+    value().backward()
+    analytic = torch.cat([augmenter.theta_m.grad, augmenter.theta_p.grad])
+    numeric = []
+    for theta in (augmenter.theta_m, augmenter.theta_p):
+        for i in range(len(theta)):
+            ends = []
+            for step in (1e-6, -1e-6):
+                with torch.no_grad():
+                    theta[i] += step
+                    ends.append(value().item())
+                    theta[i] -= step
+            numeric.append((ends[0] - ends[1]) / 2e-6)
+    assert analytic.numpy() == pytest.approx(np.array(numeric), rel=1e-4, abs=1e-6)
+    # (19): g (1 - g) / tau_g <dL/dx~, T_i - x>, for Invert, which needs no draw
+    u = torch.rand(14, generator=generator(3)).double()
+    g = torch.sigmoid(augmenter.theta_p[12] + (u[12] / (1 - u[12])).log())
+    inverted = augmenter.transform(12, x, None)
+    wanted = g * (1 - g) * (direction * (inverted - x)).sum()
+    assert augmenter.theta_p.grad[12].item() == pytest.approx(wanted.item(), rel=1e-6)
+
+
+def test_operations_not_drawn_get_no_gradient():
+    augmenter = plain_augmenter(operations=4)
+    seen, original = [], augmenter.transform
+    augmenter.transform = lambda i, images, m: seen.append(i) or original(i, images, m) + 0.1
+    augmenter(torch.rand(2, 3, 8, 8)).sum().backward()
+    assert all(augmenter.theta_p.grad[i] == 0 for i in range(14) if i not in seen)
+    assert all(augmenter.theta_m.grad[i] == 0 for i in range(11) if i not in seen)
+
+
+class Toy(nn.Module):
+    """(h): a teacher or student whose logits are (-c, c), shrunk by the mean of |x| or not."""
+
+    def __init__(self, shrinks, c):
+        super().__init__()
+        self.shrinks, self.c = shrinks, c
+
+    def forward(self, x):
+        score = (x * self.c).flatten(1).sum(1)
+        if self.shrinks:
+            score = score * torch.exp(-x.mean((1, 2, 3)).abs())
+        return torch.stack([score, -score], 1)
+
+
+@pytest.mark.parametrize("exchanged", [False, True])
+def test_toy_selection(exchanged):
+    """Adding brightness hurts the student alone: theta_0 grows, all else stays exactly 0."""
+    labels = torch.arange(16) % 2
+    pattern = torch.tensor([1.0, -1, 0]).view(3, 1, 1) * (1 - 2 * labels).view(-1, 1, 1, 1)
+    x = torch.randn(16, 3, 8, 8, generator=generator(1)) + pattern
+    c = (x[labels == 0].mean(0) - x[labels == 1].mean(0)) / 2
+    c = c / c.norm() ** 2
+    augmenter = plain_augmenter(operations=14)
+    augmenter.transform = lambda i, images, m: images + 2 * m if i == 0 else images
+    teacher, student = Toy(exchanged, c), Toy(not exchanged, c)
+    optimizer = torch.optim.SGD([augmenter.theta_m, augmenter.theta_p], 0.01)
+    for _ in range(200):
+        loss, *_ = tst.augmentation_loss(teacher(augmenter(x)), student(augmenter(x)), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    sign = -1 if exchanged else 1
+    assert sign * augmenter.theta_m[0] > 0 and sign * augmenter.theta_p[0] > 0
+    assert not augmenter.theta_m[1:].any() and not augmenter.theta_p[1:].any()
+
+
+# ------------------------------------------------------------------------------------------ steps
+def networks_of_shapes():
+    images, labels, _ = common.make_shapes(24, 16, 0)
+    student, teacher = (common.build_model(name, 20, 16, seed) for seed, name in enumerate(
+        ("resnet8x0.5", "resnet8")))
+    return student, common.frozen(teacher), images.float() / 255 - 0.4, labels
+
+
+def clone(network):
+    return {name: value.clone() for name, value in network.state_dict().items()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+STEP = Namespace(precision="fp32", device=torch.device("cpu"), student_term="non_saturating",
+                 weight=1.0, temperature=4.0)
+
+
+def test_stage_two_moves_theta_alone():
+    """(a), (b): 25 trainable numbers; weights, buffers, modes and gradients of both networks."""
+    student, teacher, images, labels = networks_of_shapes()
+    augmenter = plain_augmenter(operations=14)
+    learn = [name for name, p in augmenter.named_parameters() if p.requires_grad]
+    assert learn == ["theta_m", "theta_p"]
+    assert sum(p.numel() for p in augmenter.parameters() if p.requires_grad) == 25
+    with torch.no_grad():  # encoders that do something
+        for encoder in augmenter.encoders:
+            for parameter in encoder.parameters():
+                parameter.add_(0.05)
+    before = clone(student), clone(teacher), clone(augmenter.encoders)
+    student.train()
+    search = tst.search_optimizer(augmenter)
+    assert (search.defaults["lr"], search.defaults["momentum"], search.defaults["weight_decay"]
+            ) == (0.01, 0.9, 0)
+    with tst.held(student):
+        assert not student.training
+        for _ in range(3):
+            terms = tst.search_step(augmenter, teacher, student, search, images, labels, STEP)
+    assert student.training and all(p.requires_grad for p in student.parameters())
+    assert same(clone(student), before[0]) and same(clone(teacher), before[1])
+    assert same(clone(augmenter.encoders), before[2]) and not teacher.training
+    for network in (student, teacher, augmenter.encoders):
+        assert all(parameter.grad is None for parameter in network.parameters())
+    assert augmenter.theta_m.abs().min() > 0 and augmenter.theta_p.abs().min() > 0
+    assert terms.keys() == {"L_T", "L_S", "conf_t", "conf_s"}
+
+
+def test_held_restores_the_student_after_an_error():
+    student, *_ = networks_of_shapes()
+    with pytest.raises(KeyboardInterrupt), tst.held(student):
+        raise KeyboardInterrupt
+    assert student.training and all(p.requires_grad for p in student.parameters())
+
+
+def test_stage_three_moves_the_student_alone(monkeypatch):
+    """(c); eq. (17) on [x~ ; x], the student in train mode on all 2B; x~ is no graph."""
+    student, teacher, images, labels = networks_of_shapes()
+    augmenter, before = plain_augmenter(operations=14), clone(teacher)
+    seen = []
+    student.register_forward_pre_hook(lambda module, inputs: seen.append(
+        (inputs[0].clone(), inputs[0].requires_grad, module.training)))
+    optimizer = torch.optim.SGD(student.parameters(), 0.0)
+    twin = copy.deepcopy(student)
+    twin._forward_pre_hooks.clear()
+    terms, logits = tst.train_step(student, teacher, augmenter, optimizer, images, labels, STEP)
+    assert augmenter.theta_m.grad is None and augmenter.theta_p.grad is None
+    assert same(clone(teacher), before) and all(p.grad is None for p in teacher.parameters())
+    (both, tracked, training), = seen
+    assert training and not tracked and len(both) == 48
+    assert torch.equal(both[24:], images) and not torch.equal(both[:24], images)
+    s = twin(both)
+    with torch.no_grad():
+        t = teacher(both)
+    loss = (tst.distillation_loss(s[:24], t[:24], labels)
+            + tst.distillation_loss(s[24:], t[24:], labels)) / 2
+    loss.backward()
+    for ours, theirs in zip(student.parameters(), twin.parameters()):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-6)
+    assert torch.equal(logits, s[24:])
+    assert terms["ce"].item() == pytest.approx(F.cross_entropy(s, torch.cat([labels] * 2)).item())
+    assert terms["conf_t"].item() == pytest.approx(tst.true_class(t[:24], labels).item())
+    assert terms["conf_s"].item() == pytest.approx(tst.true_class(s[:24], labels).item())
+
+
+def test_controls_of_the_step():
+    student, teacher, images, labels = networks_of_shapes()
+    still = torch.optim.SGD(student.parameters(), 0.0)
+    s, t = copy.deepcopy(student)(images), teacher(images)
+    terms, logits = tst.train_step(student, teacher, None, still, images, labels, STEP)
+    assert terms["conf_t"] is None and torch.allclose(logits, s)
+    assert 16 * terms["kl"].item() == pytest.approx(16 * kl(t.detach().numpy(),
+                                                           s.detach().numpy(), 4), rel=1e-3)
+    flipped, other = images.flip(0), labels.flip(0)
+    terms, _ = tst.train_step(student, teacher, None, still, images, labels, STEP,
+                              (flipped * 2, other))
+    both = copy.deepcopy(student)(torch.cat([flipped * 2, images]))
+    assert terms["ce"].item() == pytest.approx(
+        F.cross_entropy(both, torch.cat([other, labels])).item(), rel=1e-4)
+
+
+# ------------------------------------------------------------------------------------------ flags
+@pytest.mark.parametrize("flags, word", [
+    ("--operations 0", "--operations"), ("--operations 15", "--operations"),
+    ("--search-at 8 --epochs 8", "--search-at 8"), ("--search-at -1", "--search-at"),
+    ("--search-epochs 0", "--search-epochs"), ("--student-term ce", "--student-term"),
+    ("--augment some", "--augment"), ("--gate-temperature 0", "--gate-temperature"),
+    ("--fit-steps 0", "--fit-steps"), ("--teacher-weights a b", "--teacher-weights"),
+    ("--student nonsense", "nonsense"), ("--temperature 0", "--temperature")])
+def test_argument_errors_are_one_line(flags, word, capsys):
+    with pytest.raises(SystemExit) as stop:
+        tst.parse_args(flags.split())
+    out, err = capsys.readouterr()
+    assert (stop.value.code, out) == (2, "") and word in err, err
+    assert err.count("\n") == 1 and err.endswith("\n")
+
+
+def test_defaults():
+    found = tst.parse_args("--dataset cifar100 --device cpu".split())
+    assert (found.teacher, found.student, found.epochs, found.batch_size, found.learning_rate,
+            found.weight_decay, found.momentum, found.nesterov, found.temperature, found.weight,
+            found.operations, found.gate_temperature, found.search_at, found.search_epochs,
+            found.fit_steps) == ("resnet32x4", "resnet8x4", 240, 128, 0.1, 1e-4, 0.9, True, 4, 1,
+                                 4, 0.05, [30, 90], 30, 2000)
+    found = tst.parse_args("--dataset imagenet --device cpu".split())
+    assert (found.temperature, found.search_at, found.search_epochs) == (1, [10, 25], 5)
+    found = tst.parse_args("--dataset cifar10 --device cpu".split())
+    assert (found.epochs, found.search_at, found.search_epochs) == (8, [1, 3], 1)
+    assert tst.parse_args("--epochs 1 --device cpu".split()).search_at == [0]
+
+
+# ------------------------------------------------------------------------------------------ runs
+TINY = ("--device cpu --teacher resnet8 --student resnet8x0.5 --epochs 3 --batch-size 50 "
+        "--fit-steps 5 --search-epochs 2 --search-at 0 1")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_shapes():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "SHAPES_TRAIN", 260)
+        patch.setattr(common, "SHAPES_TEST", 100)
+        yield
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """run(out, flags): `python tst.py` in this process; returns what it printed."""
+    cache = tmp_path_factory.mktemp("cache")
+
+    def call(out, flags=""):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", ["tst.py", *TINY.split(), "--out", str(out), "--cache",
+                                        str(cache), *flags.split()])
+            with contextlib.redirect_stdout(io.StringIO()) as printed:
+                tst.main()
+        return printed.getvalue()
+    call.cache = cache
+    return call
+
+
+@pytest.fixture(scope="module")
+def whole(run, tmp_path_factory):
+    """A whole run, watched: student, theta and loader at every step."""
+    folder, steps = tmp_path_factory.mktemp("whole"), []
+    with pytest.MonkeyPatch.context() as patch:
+        search, train = tst.search_step, tst.train_step
+
+        def watch(stage, original):
+            def step(*args):
+                student, augmenter = (args[2], args[0]) if stage == 2 else (args[0], args[2])
+                entry = Namespace(stage=stage, student=clone(student), training=student.training,
+                                  theta=torch.cat([augmenter.theta_m, augmenter.theta_p]).detach())
+                entry.labels = args[5]
+                entry.momentum = None
+                if stage == 2:
+                    entry.momentum = len(args[3].state)
+                    entry.rate = args[3].param_groups[0]["lr"]
+                steps.append(entry)
+                return original(*args)
+            return step
+        patch.setattr(tst, "search_step", watch(2, search))
+        patch.setattr(tst, "train_step", watch(3, train))
+        printed = run(folder)
+    return Namespace(folder=folder, steps=steps, printed=printed)
+
+
+def weights(path):
+    return torch.load(path, weights_only=True)
+
+
+def result_of(folder):
+    return json.loads((folder / "result.json").read_text())
+
+
+def table(printed):
+    lines = printed.split("\nTST on ")[-1].splitlines()[1:]
+    header, *rows = [re.split(r" {2,}", line.strip()) for line in lines if line.strip()]
+    return {row[0]: dict(zip(header[1:], row[1:])) for row in rows}
+
+
+def log_of(folder):
+    with open(folder / "log.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_stages_take_turns(whole):
+    """Blocks of 2 x 6 steps before epochs 0 and 1; theta moves in them alone, the student not."""
+    stages = [step.stage for step in whole.steps]
+    assert stages == ([2] * 12 + [3] * 6) * 2 + [3] * 6
+    for before, after in itertools.pairwise(whole.steps):
+        assert same(before.student, after.student) == (before.stage == 2)
+        assert torch.equal(before.theta, after.theta) == (before.stage == 3)
+    assert all(step.training == (step.stage == 3) for step in whole.steps)
+    assert not whole.steps[0].theta.any()
+    first, second = whole.steps[0], whole.steps[18]
+    assert first.momentum == second.momentum == 0  # (f): a new block clears momentum
+    assert whole.steps[1].momentum == 2 and second.rate == 0.01
+    assert second.theta.any()  # and keeps theta
+
+
+def test_the_log_has_the_25_series(whole):
+    rows = log_of(whole.folder)
+    header = ["step", "epoch", "stage", "teacher_term", "student_term", "conf_teacher",
+              "conf_student", *(f"m_{name}" for name in tst.OPERATIONS[:11]),
+              *(f"q_{name}" for name in tst.OPERATIONS)]
+    assert list(rows[0]) == header
+    assert [(int(row["step"]), row["stage"]) for row in rows] == [
+        (0, "2"), (6, "2"), (10, "2"), (18, "3"), (18, "2"), (20, "2"), (24, "2"), (36, "3"),
+        (42, "3")]
+    last = torch.sigmoid(weights(whole.folder / "augmenter.pt")["theta_p"])
+    assert float(rows[-1]["q_Cutout"]) == pytest.approx(last[13].item(), abs=1e-6)
+    for row in rows:
+        assert (row["teacher_term"] != "") == (row["stage"] == "2")
+        assert 0 <= float(row["conf_teacher"]) <= 1
+
+
+def test_result_and_pictures_without_matplotlib(whole):
+    found = result_of(whole.folder)
+    assert [block["epoch"] for block in found["blocks"]] == [0, 1]
+    assert found["images"] == {"student forward and backward": 2 * 3 * 260,
+                               "teacher forward": 2 * 3 * 260,
+                               "both forward and backward to the image": 4 * 260}
+    assert set(found["fit_errors"]) == set(tst.OPERATIONS[:11])
+    from PIL import Image
+    with Image.open(whole.folder / "augmented.png") as picture:
+        assert picture.size == (19 * 18 + 2, 8 * 18 + 2)
+    row = table(whole.printed)["TST"]
+    for column, value in zip(("T_before", "S_before"), found["blocks"][-1]["before"]):
+        assert float(row[column]) == pytest.approx(value, abs=5e-4)
+    assert found["rows"][-1]["stage"] == 3 and found["last_test"] == found["rows"][-1]["test"]
+
+
+def test_confidences_by_hand(whole, run):
+    """The end's: the saved networks on the draws of the seed, batches of 50."""
+    data = common.load_data("shapes", None, None, 1.0, 0, 0, 0, torch.device("cpu"))
+    teacher = common.build_model("resnet8", 20, 16)
+    teacher.load_state_dict(weights(next(run.cache.glob("shapes-resnet8-3-*")) / "epoch-0003.pt"))
+    student = common.build_model("resnet8x0.5", 20, 16)
+    student.load_state_dict(weights(whole.folder / "student.pt"))
+    augmenter = plain_augmenter(seed=0)
+    augmenter.load_state_dict(weights(whole.folder / "augmenter.pt"))
+    found = []
+    with torch.no_grad():
+        for images, labels in data.test.batches(50):
+            x = augmenter(images)
+            found.append([network.eval()(x).softmax(1)[torch.arange(50), labels].mean().item()
+                          for network in (teacher, student)])
+    measured = result_of(whole.folder)["measures"]
+    assert [measured["T_end"], measured["S_end"]] == pytest.approx(np.mean(found, 0), abs=1e-5)
+
+
+@pytest.mark.parametrize("stage, calls", [
+    ("first block, second pass", 8), ("a Stage III epoch", 15),
+    ("second block, second pass", 18 + 9)])
+def test_a_stopped_run_goes_on_bit_for_bit(whole, run, tmp_path, monkeypatch, stage, calls):
+    with monkeypatch.context() as patch:
+        count = itertools.count(1)
+
+        def stopping(original):
+            def step(*args):
+                if next(count) == calls:
+                    raise KeyboardInterrupt
+                return original(*args)
+            return step
+        patch.setattr(tst, "search_step", stopping(tst.search_step))
+        patch.setattr(tst, "train_step", stopping(tst.train_step))
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path)
+    run(tmp_path, "--resume")
+    for name in ("student.pt", "augmenter.pt"):
+        assert same(weights(tmp_path / name), weights(whole.folder / name))
+    assert (tmp_path / "log.csv").read_bytes() == (whole.folder / "log.csv").read_bytes()
+    ours, theirs = result_of(tmp_path), result_of(whole.folder)
+    assert ours["blocks"] == theirs["blocks"] and ours["measures"] == theirs["measures"]
+
+
+def test_compare_prints_every_control(whole, run, tmp_path):
+    found = table(run(tmp_path, "--compare"))
+    assert list(found) == ["teacher", "student alone", "KD on originals",
+                           "KD, 2B originals a step", "random augmentation", "TST"]
+    assert found["TST"]["test"] == table(whole.printed)["TST"]["test"]
+    assert [row["images"] for row in found.values()] == ["0.8", "0.8", "0.8", "1.6", "1.6", "1.6"]
+    assert found["TST"]["searched"] == "1.0" and found["random augmentation"]["searched"] == "0.0"
+    random = result_of(tmp_path / "random")
+    assert random["probabilities"] == [0.5] * 14 and random["magnitudes"] == [0.5] * 11
+    assert found["random augmentation"]["T_before"] == "-"
+    assert result_of(tmp_path / "none")["images"]["student forward and backward"] == 780
+
+
+def test_every_mode_sees_the_same_originals(run, tmp_path, whole, monkeypatch):
+    """The data order does not depend on --augment."""
+    orders = {"learned": [step.labels for step in whole.steps if step.stage == 3]}
+    for kind in ("random", "none"):
+        orders[kind], original = [], tst.train_step
+
+        def watch(*args, kind=kind, original=original):
+            orders[kind].append(args[5])
+            return original(*args)
+        with monkeypatch.context() as patch:
+            patch.setattr(tst, "train_step", watch)
+            run(tmp_path / kind, f"--augment {kind}")
+    for kind in ("random", "none"):
+        assert len(orders[kind]) == 18
+        assert all(torch.equal(a, b) for a, b in zip(orders[kind], orders["learned"]))
+
+
+def test_stage_one_is_cached(run, tmp_path, monkeypatch, whole):
+    monkeypatch.setattr(tst, "fit_encoder", None)  # would fail if called
+    assert "Stage I" not in run(tmp_path, "--augment random")
+    assert "Stage I" in whole.printed
+
+
+def test_no_encoders_without_an_augmenter(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(tst, "fitted_encoders", None)
+    found = table(run(tmp_path, "--augment none"))
+    assert list(found) == ["teacher", "KD on originals"]
+    assert not (tmp_path / "augmenter.pt").exists()
+
+
+def test_negative_ce_seeds_open_set(run, tmp_path):
+    found = table(run(tmp_path, "--student-term negative_ce --open-set 4 --seed 0 1 --epochs 2"))
+    row = found["TST, negative_ce"]
+    assert "±" in row["rank1"] and "±" in row["T_after"]
+    assert {path.name for path in tmp_path.iterdir()} == {"seed-0", "seed-1"}
+
+
+def test_a_search_raises_the_gap_on_a_fixed_student(tmp_path, run, monkeypatch):
+    """Trained networks, several passes: mean p_T - p_S on augmented held-out images goes up."""
+    monkeypatch.setattr(common, "SHAPES_TRAIN", 1000)
+    monkeypatch.setattr(common, "SHAPES_TEST", 300)
+    run(tmp_path, "--epochs 6 --batch-size 20 --search-at 5 --search-epochs 5 --fit-steps 100")
+    (block,) = result_of(tmp_path)["blocks"]
+    before, after = (block[when][0] - block[when][1] for when in ("before", "after"))
+    assert after > before + 0.01
+    assert result_of(tmp_path)["last_test"] > 15
+
+
+def test_pictures(run, whole, tmp_path):
+    pytest.importorskip("matplotlib")
+    run(tmp_path, "--plot")
+    assert {path.name for path in tmp_path.glob("*.png")} == {
+        "augmented.png", "operations.png", "series.png"}
+
+
+def test_a_loss_that_is_not_finite_stops(run, tmp_path):
+    with pytest.raises(common.InputError, match="not finite"):
+        run(tmp_path, "--weight 1e38 --augment none")
+
+
+def readme_commands():
+    found = re.findall(r"python tst\.py[^`\n|]*", (ROOT / "README.md").read_text())
+    return sorted({command.strip() for command in found})
+
+
+@pytest.mark.parametrize("command", readme_commands())
+def test_commands_of_the_readme(command, tmp_path, run, monkeypatch):
+    """Every command is parsed as typed; those on the embedded set are run, made tiny."""
+    flags = shlex.split(command)[2:]
+    if "--plot" in flags:
+        pytest.importorskip("matplotlib")
+    tst.parse_args(flags)
+    if "--dataset" not in flags:
+        monkeypatch.chdir(tmp_path)
+        tiny = ["--epochs", "1", "--batch-size", "20", "--fit-steps", "2", "--search-at", "0",
+                "--search-epochs", "1"]
+        run(tmp_path / "out", " ".join([*flags, *tiny]))
