@@ -491,14 +491,44 @@ def test_decision_table_by_its_definition():
     assert rows_of(letkd.decision_targets(maps, torch.tensor(y), found)) == pytest.approx(table[h1])
 
 
-def test_an_empty_sub_class_keeps_its_place():
-    """Fewer distinct rows than centres: C k rows stay, an empty one is one-hot."""
-    z = torch.tensor([(0.0, 0), (0, 1), (4, 0), (4, 1)]).repeat_interleave(4, 0)
-    found = letkd.fit_decisions(z, torch.arange(16) // 8, 2, 3,
-                                generator=torch.Generator().manual_seed(0))
-    assert found.table.shape == (6, 6) and found.centres.shape == (6, 1)
-    assert torch.isfinite(found.table).all()
-    assert found.table.sum(1).tolist() == [1] * 6
+def test_an_empty_sub_class_keeps_its_place(monkeypatch):
+    """C k rows stay. Centres given by hand: class 0's third has no row of its own class, but lies
+    among those of class 1: q_n = c_n takes some of them; its own row is one-hot. The first one's
+    q_n is the mean of its rows, not the centre that k-means left off it."""
+    z = torch.tensor([-3.0, -2, -1, 0, 5, 6, 8, 9, 10])
+    z = torch.stack([z, torch.zeros(9)], 1)
+    W, b = letkd.discriminant(z, torch.tensor([0] * 4 + [1] * 5), 2, 1)
+
+    def by_hand(g, k, generator):
+        own = [-6.0, -0.5, 6.0] if g.mean() < 0 else [5.5, 9.0, 30.0]
+        centres = torch.tensor(own).double()[:, None] * W[0, 0] + b
+        return centres, *letkd.nearest(g, centres)
+    monkeypatch.setattr(letkd, "k_means", by_hand)
+    found = letkd.fit_decisions(z, torch.tensor([0] * 4 + [1] * 5), 2, 3)
+    # rows of class 0: -3 -> first, the others -> second; q = -3, -1 (empty: 6), 5.5, 9 (empty: 30)
+    wanted = np.zeros((6, 6))
+    wanted[0, 0], wanted[1, 1], wanted[2, 2] = 1, 1, 1
+    wanted[3, 2], wanted[3, 3] = 0.5, 0.5  # 6 is nearer to the empty 6 than to 5.5
+    wanted[4, 4], wanted[5, 5] = 1, 1
+    assert found.table.numpy() == pytest.approx(wanted)
+    found = letkd.fit_decisions(z[:, :1].expand(9, 2), torch.tensor([0] * 4 + [1] * 5), 2, 3)
+    assert torch.isfinite(found.table).all()  # two equal channels
+
+
+def test_prototypes_are_means_and_not_the_centres(monkeypatch):
+    """Where k-means has not converged, h2 goes by q_n, the mean, and not by the centre."""
+    z = torch.tensor([-2.5, -1.8, 1, 5, 6, 7, 8])
+    z, y = torch.stack([z, torch.zeros(7)], 1), torch.tensor([0] * 3 + [1] * 4)
+    W, b = letkd.discriminant(z, y, 2, 1)
+
+    def by_hand(g, k, generator):
+        own = [-3.4, -0.5] if g.mean() < 0 else [5.5, 7.5]
+        centres = torch.tensor(own).double()[:, None] * W[0, 0] + b
+        return centres, *letkd.nearest(g, centres)
+    monkeypatch.setattr(letkd, "k_means", by_hand)
+    found = letkd.fit_decisions(z, y, 2, 2)
+    # h1 of -1.8 is the second; q = -2.5, (-1.8 + 1) / 2 = -0.4; its h2 is the first
+    assert found.table[:2].flatten().tolist() == pytest.approx([1, 0, 0, 0, 0.5, 0.5, 0, 0])
 
 
 # ------------------------------------------------------------------------------ student and routing
