@@ -913,6 +913,15 @@ def save_file(value, path):
     os.replace(partial, path)
 
 
+def make_folder(folder, flag):
+    """Create `folder` where it is missing; InputError naming `flag` where that cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{flag} {folder} cannot be written ({error.strerror}); choose another "
+                         "folder") from None
+
+
 def save_weights(state, path):
     """A state dict as plain CPU tensors, which loads without this project."""
     save_file({name: value.detach().cpu() for name, value in state.items()}, path)
@@ -1040,7 +1049,8 @@ class Record:
             self.correct += (logits.detach().argmax(1) == labels).sum()
             self.classifies = True
         self.images, self.steps = self.images + len(labels), self.steps + 1
-        here = self.device.type == "cpu" or isinstance(next(iter(self.sums.values())), float)
+        here = self.device.type == "cpu" or not any(isinstance(value, torch.Tensor)
+                                                    for value in self.sums.values())
         if here or self.steps % 50 == 0:
             self._check_finite()
             if sys.stdout.isatty() and time.time() - self.shown > 0.5:

@@ -82,7 +82,7 @@ from typing import NamedTuple
 from common import (
     F, InputError, Network, Record, autocast, base_parser, build_model, check_batch_size,
     check_plot, describe, embeddings, evaluate, evaluating, frozen, load_data, load_file,
-    load_weights, nn, number, open_set_report, parse, print_table, random_states,
+    load_weights, make_folder, nn, number, open_set_report, parse, print_table, random_states,
     restore_random_states, run_script, save_file, sgd, torch, train_network, training_seconds)
 
 RECIPE = {"learning_rate": 0.05, "momentum": 0.9, "weight_decay": 5e-4, "batch_size": 64}
@@ -488,7 +488,7 @@ def prepare(teacher, data, sides, run):
                                            run.dimensions, generator, kind)._asdict()
             except ValueError as error:
                 raise InputError(f"{kind}: {error}") from None
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(run.cache, "--cache")
             save_file(fitted, path)
             clear = "\033[K" if sys.stdout.isatty() else ""
             print(f"{clear}{kind}: fitted on {len(labels if kind == 'decisions' else penult)} "

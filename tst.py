@@ -21,8 +21,8 @@ learns. II and III alternate.
     t, s                teacher_logits, student_logits    (B,C)            p_T, p_S: their softmax
     tau_g, tau, w       temperature (gate, KD), weight    scalars          0.05; 4; 1
 
-Equations, numbered by this project (the paper's own are UNKNOWN). PAPER: in the paper. CODE: in
-the authors' code. READING: our choice, or a departure.
+Equations, numbered by this project (the paper's own are UNKNOWN). PAPER: in the paper, its abstract
+or a published account of it. CODE: in the authors' code. READING: our choice, or a departure.
 
     (1)  m_i = sigmoid(theta_m,i)                                         CODE
     (2)  q_i = sigmoid(theta_p,i)                                         CODE
@@ -35,7 +35,8 @@ the authors' code. READING: our choice, or a departure.
          a = kappa (sigmoid(s0) - 1/2) + 1,  d = sigmoid(s1) - 1/2        READING
     (9)  T_i = J * (a x + d), a 5x5 convolution, no clamp                 CODE
     (10) v = clamp(floor(255 (x std + mean) + 1/2), 0, 255), and back     CODE
-    (11) Stage I: mean ( T_i(x; sgn rho) - Norm(Op_i(v; sgn level[k])) )^2, k = floor(10 rho)  CODE
+    (11) Stage I: mean ( T_i(x; sgn rho) - Norm(Op_i(v; sgn level[k])) )^2,
+         k = min(floor(10 rho), 9), without the noise of (6), (8)         CODE; noise: READING
     (12) L_T = mean -log p_T(y | x~)                                      PAPER
     (13) L_S = mean -log(1 - p_S(y | x~) + 1e-8), the default             CODE
     (14) L_S = mean log p_S(y | x~), negative_ce                          PAPER, in words
@@ -48,11 +49,16 @@ the authors' code. READING: our choice, or a departure.
 From the paper's words: the default student term is (13), not (14); which one made its tables is
 UNKNOWN. From CODE (READING): the gate's logit is theta_p, not sigmoid(theta_p), so that q_i is the
 apply rate; no inner random-apply gate, no mask of zero rows; one linear map for two; identity
-start; own Stage I schedule, no noise in it; u clamped to [1e-6, 1 - 1e-6]; one CPU generator for
-gates, permutation, cutout and noise; float32; training accuracy on the original half; Stage I runs
-on demand (a clone of CODE without encoder files cannot start). Kept although odd (CODE):
-image-sized cutout (centre anywhere: 25 to 100 % erased), additive residuals, positive magnitudes
-only, one gate a call for the whole batch. Not copied: `SDA.lr`, 75 % of the data, `only_stage_one`.
+start; own Stage I schedule, no noise in the colour fit; u clamped to [1e-6, 1 - 1e-6]; one CPU
+generator for gates, permutation, cutout and noise; float32, one device, no moving average of
+weights; training accuracy on the original half; Stage I runs on demand (a clone of CODE without
+encoder files cannot start); the targets are torchvision's, which round a few pixels of shears,
+colour and sharpness otherwise than the plain formulas; all small recipes (on shapes 16 epochs at
+0.1), weight decay 5e-4 there; the controls, "2B originals" being two random batches a step.
+Kept although odd (CODE): image-sized cutout (centre anywhere: 25 to 100 % erased), additive
+residuals, positive magnitudes only, one gate a call for the whole batch, the plateau rule. Not
+copied (CODE): `SDA.lr` (never used), 75 % of the data (resnet56 pair), `only_stage_one` (resnet110
+-> resnet20; it fails at its first Stage II).
 UNKNOWN: the paper's equations, its tau_g, K, weights, schedule, pairs, all tables, the figures'
 conclusions, whether its last operation is Cutout or CutMix, whether its batch of 256 is 128 + 128,
 how often Stages II and III alternate. None of its accuracies is known to this project.
@@ -72,10 +78,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from common import (
-    F, Record, autocast, base_parser, build_model, check_batch_size, check_plot, compile_network,
-    describe, embeddings, evaluate, evaluating, frozen, load_data, load_file, load_weights, nn,
-    number, open_set_report, parse, print_table, random_states, restore_random_states, run_script,
-    save_file, save_weights, sgd, torch, train_network, training_seconds)
+    F, InputError, Record, autocast, base_parser, build_model, check_batch_size, check_plot,
+    compile_network, describe, embeddings, evaluate, evaluating, frozen, load_data, load_file,
+    load_weights, make_folder, nn, number, open_set_report, parse, print_table, random_states,
+    restore_random_states, run_script, save_file, save_weights, sgd, torch, train_network,
+    training_seconds)
 
 RECIPE = {"learning_rate": 0.05, "momentum": 0.9, "weight_decay": 5e-4, "batch_size": 64}
 SMALL = {"teacher": "resnet20", "student": "resnet8x0.5", "epochs": 8, "fit_steps": 500,
@@ -87,7 +94,7 @@ DEFAULTS = {  # flags by data set; each can be given by hand
                  "fit_steps": 2000, "batch_size": 128, "learning_rate": 0.1, "weight_decay": 1e-4},
     "imagenet": {**SMALL, "teacher": "resnet34", "student": "resnet18", "epochs": 100,
                  "fit_steps": 2000, "batch_size": 256, "learning_rate": 0.3, "weight_decay": 1e-4,
-                 "temperature": 1.0, "search_at": [10, 25], "search_epochs": 5},
+                 "temperature": 1.0},  # and CODE's searches, see parse_args
 }
 DROPS = (5 / 8, 3 / 4, 7 / 8)  # (lr); ImageNet: after 40 and 70 of 100 epochs (CODE)
 OPERATIONS = ("Brightness", "Color", "Contrast", "Sharpness", "Posterize", "Solarize",  # colour
@@ -103,8 +110,10 @@ SEARCH, DRAWS, PICTURES = 10_000, 20_000, 30_000  # seeds apart: search batches,
 def relaxed_bernoulli(logits, temperature=0.05, generator=None):
     """Eq. (3): soft gates in (0,1), the shape of `logits`; u is drawn from `generator` (CPU).
 
-    P(gate > 1/2) = sigmoid(logit). The gradient reaches `logits`.
+    P(gate > 1/2) = sigmoid(logit). The gradient reaches `logits`. ValueError: temperature <= 0.
     """
+    if temperature <= 0:
+        raise ValueError(f"temperature = {temperature}: above 0")
     u = torch.rand(logits.shape, generator=generator).clamp(1e-6, 1 - 1e-6).to(logits)
     # Eq. (3): g = sigmoid((theta_p + log u - log(1 - u)) / tau_g)
     return torch.sigmoid((logits + u.log() - (1 - u).log()) / temperature)
@@ -175,8 +184,11 @@ def from_bytes(values, mean, std):
 def exact(operation, values, level, sign=1):
     """The hand-written operation at `level` 0..9 of 9, sign +1 or -1: uint8 to uint8 (B,3,H,W).
 
-    torchvision's own; geometric ones sample the nearest pixel and leave black outside.
+    torchvision's own; geometric ones sample the nearest pixel and leave black outside. ValueError
+    for an unknown operation.
     """
+    if operation not in OPERATIONS[:-1]:
+        raise ValueError(f"no operation is called {operation!r}; there are {OPERATIONS[:-1]}")
     from torchvision.transforms import InterpolationMode
     from torchvision.transforms.v2 import functional as tv
 
@@ -206,7 +218,8 @@ def exact(operation, values, level, sign=1):
 
 
 def plateau(previous, loss, rate):
-    """The search's learning rate after a pass of mean loss `loss`; `previous`: the pass before."""
+    """The search's learning rate after a pass of mean loss `loss`; `previous`: the pass before,
+    999 at first (CODE)."""
     delta = previous - loss
     return rate * 0.9 if delta < 0.02 and abs(delta / (previous - 1e-6)) < 0.02 else rate
 
@@ -217,6 +230,12 @@ def learning_rates(initial, epochs, drops=DROPS):
 
 
 # --------------------------------------------------------------------------------------- 2. modules
+def _check(images, magnitudes):
+    if magnitudes.shape != (len(images), 1) or images.shape[2] != images.shape[3]:
+        raise ValueError(f"images {tuple(images.shape)} must be square, magnitudes "
+                         f"{tuple(magnitudes.shape)} be ({len(images)}, 1)")
+
+
 class GeometricEncoder(nn.Module):
     """Eqs. (6), (7): an operation as an affine map, itself affine in the magnitude."""
 
@@ -228,12 +247,14 @@ class GeometricEncoder(nn.Module):
 
     def affine(self, magnitudes, noise=0.01, generator=None):
         """Eq. (6): A (B,2,3) from magnitudes (B,1)."""
-        epsilon = torch.randn(len(magnitudes), 7, generator=generator).to(magnitudes)
         # Eq. (6): z = [h ; m] + 0.01 eps, eps per sample;  A = reshape(W z + b, 2x3)
-        z = torch.cat([self.h.expand(len(magnitudes), 6), magnitudes], 1) + noise * epsilon
+        z = torch.cat([self.h.expand(len(magnitudes), 6), magnitudes], 1)  # (B,7)
+        if noise:
+            z = z + noise * torch.randn(z.shape, generator=generator).to(z)
         return (z @ self.W.T + self.b).view(-1, 2, 3)
 
     def forward(self, images, magnitudes, noise=0.01, generator=None):
+        _check(images, magnitudes)
         # Eq. (7): the pixel (X,Y) reads x at A ((2X+1)/W - 1, (2Y+1)/H - 1, 1); zeros outside
         A = self.affine(magnitudes, noise, generator)
         grid = F.affine_grid(A, list(images.shape), align_corners=False)  # (B,H,W,2)
@@ -253,14 +274,15 @@ class ColorEncoder(nn.Module):
 
     def scale_shift(self, magnitudes, noise=0.01, generator=None):
         """Eq. (8): a and d, (B,1) each, from magnitudes (B,1)."""
-        epsilon = torch.randn(10, generator=generator).to(magnitudes)
         # Eq. (8): z = [f + 0.01 eps ; m], eps once a call;  (s0, s1) = G z
-        f = (self.f + noise * epsilon).expand(len(magnitudes), 10)
-        s0, s1 = (torch.cat([f, magnitudes], 1) @ self.G.T).split(1, dim=1)  # (B,1), (B,1)
+        f = self.f + noise * torch.randn(10, generator=generator).to(self.f) if noise else self.f
+        z = torch.cat([f.expand(len(magnitudes), 10), magnitudes], 1)  # (B,11)
+        s0, s1 = (z @ self.G.T).split(1, dim=1)  # (B,1), (B,1)
         # Eq. (8): a = kappa (sigmoid(s0) - 1/2) + 1,  d = sigmoid(s1) - 1/2
         return self.kappa * (torch.sigmoid(s0) - 0.5) + 1, torch.sigmoid(s1) - 0.5
 
     def forward(self, images, magnitudes, noise=0.01, generator=None):
+        _check(images, magnitudes)
         a, d = (part[:, :, None, None] for part in self.scale_shift(magnitudes, noise, generator))
         # Eq. (9): T = J * (a x + d), zero padding 2
         return F.conv2d(a * images + d, self.J, padding=2)
@@ -355,31 +377,40 @@ def fit_encoder(encoder, operation, images, mean, std, steps=2000, batch_size=64
         schedule.step()
         losses.append(loss.detach())
     encoder.requires_grad_(False)
-    return torch.stack(losses[-100:]).mean().item()
+    last = torch.stack(losses[-100:]).mean().item()
+    if not math.isfinite(last):
+        raise InputError(f"Stage I: the fit of {name} is not finite; are the images damaged?")
+    return last
 
 
 def fitted_encoders(data, arguments):
-    """Stage I: all eleven encoders, frozen, and {operation: (its loss, the identity's loss)}.
+    """Stage I: all eleven encoders, frozen, {operation: (its loss, the identity's)}, seconds.
 
-    Cached on disk by data, seed, steps, device and this file's source.
+    Cached on disk by data, seed, steps, device, versions and the source of both files.
     """
-    settings = [data.train.fingerprint(), data.mean, data.std, arguments.seed, arguments.fit_steps,
-                arguments.device.type, torch.__version__, Path(__file__).read_bytes()]
+    from torchvision import __version__ as torchvision_version
+
+    sources = [Path(__file__).with_name(name).read_bytes() for name in ("tst.py", "common.py")]
+    settings = [data.train.fingerprint(), data.image_size, data.mean, data.std, arguments.seed,
+                arguments.fit_steps, arguments.batch_size, arguments.device.type,
+                torch.__version__, torchvision_version, sources]
     key = hashlib.sha1(repr(settings).encode()).hexdigest()[:12]
     path = arguments.cache / f"{data.name}-encoders-{arguments.fit_steps}-{key}.pt"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(arguments.seed)
         encoders = nn.ModuleList([ColorEncoder() if i < COLOR else GeometricEncoder()
                                   for i in range(MOVABLE)]).to(arguments.device)
+    make_folder(arguments.cache, "--cache")
     if not path.exists():
         print(f"Stage I: {MOVABLE} encoders, {arguments.fit_steps} steps each; mean squared error "
               "of the fit (of doing nothing)")
         generator, images, start = torch.Generator().manual_seed(arguments.seed), [], time.time()
+        most = 5000 if data.image_size <= 64 else 500  # large images would fill the memory
         for batch, _ in data.train.augmented(arguments.batch_size, generator):
             images.append(batch)
-            if sum(map(len, images)) >= 5000:
+            if sum(map(len, images)) >= most:
                 break
-        images, errors = torch.cat(images)[:5000], {}
+        images, errors = torch.cat(images)[:most], {}
         mean, std = (torch.tensor(value, device=arguments.device).view(3, 1, 1)
                      for value in (data.mean, data.std))
         for name, encoder in zip(OPERATIONS, encoders):
@@ -387,12 +418,15 @@ def fitted_encoders(data, arguments):
                                 generator=generator)
             errors[name] = (error, identity_error(name, images[:500], mean, std))
             print(f"  {name:10} {errors[name][0]:8.4f} ({errors[name][1]:.4f})", flush=True)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"encoders": encoders.state_dict(), "errors": errors}, path)
+        save_file({"encoders": encoders.state_dict(), "errors": errors,
+                   "seconds": time.time() - start}, path)
         print(f"  {time.time() - start:.1f} s, kept in {path}")
     kept = load_file(path)
-    encoders.load_state_dict(kept["encoders"])
-    return encoders.requires_grad_(False), kept["errors"]
+    try:
+        encoders.load_state_dict(kept["encoders"])
+        return encoders.requires_grad_(False), kept["errors"], kept["seconds"]
+    except (RuntimeError, LookupError, TypeError):
+        raise InputError(f"{path} does not hold Stage I's encoders; remove it") from None
 
 
 def identity_error(name, images, mean, std):
@@ -473,15 +507,17 @@ def log_row(step, epoch, stage, terms, augmenter):
 def confidences(augmenter, teacher, student, data, arguments):
     """Mean true-class probability of teacher and student on augmented TEST images.
 
-    The draws are the same in every call, and do not touch the augmenter's own generator.
+    Ten images share a draw of gates and operations. The draws are the same in every call, and do
+    not touch the augmenter's own generator.
     """
     kept, augmenter.generator = augmenter.generator, torch.Generator().manual_seed(arguments.seed)
     found = torch.zeros(2, device=arguments.device)
-    with evaluating(teacher, student), autocast(arguments):
-        for images, labels in data.test.batches(50):
+    with evaluating(teacher, student):
+        for images, labels in data.test.batches(10):
             augmented = augmenter(images)
-            found += len(labels) * torch.stack([true_class(network(augmented).float(), labels)
-                                                for network in (teacher, student)])
+            with autocast(arguments):
+                logits = teacher(augmented).float(), student(augmented).float()
+            found += len(labels) * torch.stack([true_class(one, labels) for one in logits])
     augmenter.generator = kept
     return (found / len(data.test)).tolist()
 
@@ -489,7 +525,7 @@ def confidences(augmenter, teacher, student, data, arguments):
 def distill(student, teacher, augmenter, data, run, record):
     """Section 5: Stages II and III by turns, in place. `augmenter` None for the controls.
 
-    Returns the search blocks: {"epoch", "before", "after"}, the confidences of `confidences`.
+    Returns the search blocks: {"search_at" (from 0), "before", "after"}, see `confidences`.
     """
     E, rates = run.epochs, learning_rates(run.learning_rate, run.epochs, run.drops)
     steps = len(data.train) // run.batch_size
@@ -524,17 +560,19 @@ def distill(student, teacher, augmenter, data, run, record):
         if stage == 2:
             if number == 0:  # a new block: theta stays, momentum and the plateau rule start again
                 search, previous = search_optimizer(augmenter), 999.0
-                blocks = [*blocks, {"epoch": epoch, "before": confidences(
+                blocks = [*blocks, {"search_at": epoch, "before": confidences(
                     augmenter, teacher, student, data, run)}]
             rate = search.param_groups[0]["lr"]
+            optimizer.zero_grad()  # Stage III's last gradients
             with held(student):
                 for images, labels in data.train.augmented(run.batch_size, aside):
                     terms = search_step(augmenter, teacher, student, search, images, labels, run)
                     terms = {"ce": None, "kl": None, **terms}
                     record.step(terms, None, labels, steps)
-                    if step % 10 == 0 or not lines:
-                        lines.append(log_row(step, epoch, stage, terms, augmenter))
+                    if step % 10 == 0 or not lines:  # the first of a pass as well
+                        lines.append(log_row(step, epoch + 1, stage, terms, augmenter))
                     step += 1
+            search.zero_grad()
             record.trained()
             mean = sum(float(record.sums[name]) for name in ("L_T", "L_S")) / record.images
             search.param_groups[0]["lr"] = plateau(previous, mean, rate)
@@ -559,7 +597,7 @@ def distill(student, teacher, augmenter, data, run, record):
             record.trained()
             means = {name: float(record.sums[name]) / record.images for name in (
                 "conf_t", "conf_s") if record.counts[name]}
-            lines.append(log_row(step, epoch, stage, means, augmenter))
+            lines.append(log_row(step, epoch + 1, stage, means, augmenter))
             after = {"test": evaluate(student, data.test, run)}
         state = {"student": student.state_dict(), "optimizer": optimizer.state_dict(),
                  "place": place + 1, "step": step, "blocks": blocks, "previous": previous,
@@ -595,12 +633,13 @@ def build_augmenter(encoders, data, run):
                      run.gate_temperature, generator).to(run.device)
 
 
-def run_student(teacher, encoders, errors, data, run, record):
+def run_student(teacher, stage_one, data, run, record):
     """Train one student, unless its record is finished; returns its table row."""
     if not record.result:
         print(f"\n{name_of(run)}: {run.student} learns from {run.teacher}; records in "
               f"{record.folder}")
         student = build_model(run.student, data.classes, data.image_size, run.seed).to(run.device)
+        encoders, errors, fit_seconds = stage_one or (None, None, None)
         augmenter = build_augmenter(encoders, data, run)
         blocks = distill(student, teacher, augmenter, data, run, record)
         found = {}
@@ -614,6 +653,9 @@ def run_student(teacher, encoders, errors, data, run, record):
                      "magnitudes": augmenter.magnitudes().tolist()}
             save_weights(augmenter.state_dict(), record.folder / "augmenter.pt")
             save_grid(augmenter, data, run, record.folder / "augmented.png")
+            more["seconds_by_stage"] = {"I": fit_seconds} | {
+                name: training_seconds([row for row in record.rows if row["stage"] == stage],
+                                       len(data.train)) for stage, name in ((2, "II"), (3, "III"))}
         N, passes = len(data.train), {}
         searched = N * sum(row["stage"] == 2 for row in record.rows)
         taught = N * run.epochs * (1 if run.augment == "none" else 2)
@@ -623,9 +665,10 @@ def run_student(teacher, encoders, errors, data, run, record):
         record.finish(student.state_dict(), measures=found, images=passes, **more)
     result = record.result
     row = {"run": name_of(run), "test": result["last_test"], "epochs": run.epochs,
-           "images": result["images"]["student forward and backward"] / 1000,
-           "searched": result["images"].get("both forward and backward to the image", 0) / 1000,
-           "seconds": training_seconds(result["rows"], len(data.train)), **result["measures"]}
+           "k images": result["images"]["student forward and backward"] / 1000,
+           "k searched": result["images"].get("both forward and backward to the image", 0) / 1000,
+           "seconds": training_seconds(result["rows"], len(data.train)),
+           "fit": result.get("seconds_by_stage", {}).get("I"), **result["measures"]}
     if result["blocks"]:
         for when in ("before", "after"):
             row |= dict(zip((f"T_{when}", f"S_{when}"), result["blocks"][-1][when]))
@@ -633,15 +676,17 @@ def run_student(teacher, encoders, errors, data, run, record):
 
 
 def display(images, data):
-    """Normalised images as they look, in [0,1]."""
-    return (images * data.test.std + data.test.mean).clamp(0, 1)
+    """Normalised images as they look, in [0,1], on the CPU."""
+    mean, std = (torch.tensor(value).view(3, 1, 1) for value in (data.mean, data.std))
+    return (images.cpu() * std + mean).clamp(0, 1)
 
 
-def some_images(data):
-    """Eight test images over the whole test part, as a batch on their own."""
+def some_images(data, arguments):
+    """Eight test images from all over the test part, (8,3,H,W)."""
+    places = range(0, len(data.test), max(1, len(data.test) // 8))[:8]
     if hasattr(data.test, "images"):
-        return data.test.normalise(data.test.images[:: max(1, len(data.test) // 8)][:8])
-    return next(data.test.batches(8))[0]
+        return data.test.normalise(data.test.images[list(places)])
+    return torch.stack([data.test[place, None][0] for place in places]).to(arguments.device)
 
 
 def save_grid(augmenter, data, run, path):
@@ -651,7 +696,7 @@ def save_grid(augmenter, data, run, path):
 
     kept, augmenter.generator = augmenter.generator, torch.Generator().manual_seed(
         run.seed + PICTURES)
-    images, m = some_images(data), augmenter.magnitudes()
+    images, m = some_images(data, run), augmenter.magnitudes()
     with torch.no_grad():
         columns = [images, *(augmenter.transform(i, images, m[i] if i < MOVABLE else None)
                              for i in range(len(OPERATIONS))),
@@ -661,7 +706,7 @@ def save_grid(augmenter, data, run, path):
     save_image(shown.flatten(0, 1), path, nrow=len(columns))
 
 
-def plot(record, augmenter, data):
+def plot(record, augmenter, data, run):
     """series.png: the 25 series over training. operations.png: learned against exact."""
     import csv
 
@@ -688,7 +733,7 @@ def plot(record, augmenter, data):
     pyplot.close(figure)
 
     files.append(record.folder / "operations.png")
-    images, m = some_images(data)[:3], augmenter.magnitudes()
+    images, m = some_images(data, run)[:3], augmenter.magnitudes()
     values = to_bytes(images, augmenter.mean, augmenter.std)
     augmenter.generator = torch.Generator().manual_seed(PICTURES)
     figure, axes = pyplot.subplots(2 * len(images), 1 + len(OPERATIONS), squeeze=False,
@@ -746,8 +791,14 @@ def parse_args(argv=None):
         help="write series.png and operations.png (needs matplotlib)")
     arguments = parse(parser, argv)
     E = arguments.epochs
-    arguments.search_at = arguments.search_at or sorted({E // 8, 3 * E // 8})
-    arguments.search_epochs = arguments.search_epochs or max(1, E // 8)
+    if arguments.augment != "learned" and not arguments.compare and (
+            arguments.search_at or arguments.search_epochs):
+        parser.error(f"--augment {arguments.augment} never searches; --search-at and "
+                     "--search-epochs are for the learned augmentation")
+    released = arguments.dataset == "imagenet" and E == 100  # CODE
+    arguments.search_at = arguments.search_at or (
+        [10, 25] if released else sorted({E // 8, 3 * E // 8}))
+    arguments.search_epochs = arguments.search_epochs or (5 if released else max(1, E // 8))
     arguments.nesterov = True  # CODE
     arguments.drops = (0.4, 0.7) if arguments.dataset == "imagenet" else DROPS
     late = [epoch for epoch in arguments.search_at if epoch >= E]
@@ -791,7 +842,7 @@ def run_seed(arguments):
         result, kept = train_network(name, data, rates, arguments, seed=seed, title=title)
         found = open_set_report(*embeddings(kept[E], data.unseen, arguments)) if data.unseen else {}
         rows.append({"run": title.strip(), "test": result["last_test"], "epochs": E, **found,
-                     "images": N * E / 1000, "searched": 0,
+                     "k images": N * E / 1000, "k searched": 0,
                      "seconds": training_seconds(result["rows"], N)})
         return kept[E]
 
@@ -806,19 +857,19 @@ def run_seed(arguments):
         alone(arguments.student, arguments.seed, "\nstudent alone")
         runs |= {kind: variant(arguments, augment=kind, student_term="non_saturating")
                  for kind in ("none", "twice", "random", "learned")}
-    encoders, errors = None, None
+    stage_one = None
     if any(run.augment in ("learned", "random") for run in runs.values()):
-        encoders, errors = fitted_encoders(data, arguments)
+        stage_one = fitted_encoders(data, arguments)
     names = set()
     for folder, run in runs.items():
         if name_of(run) not in names:
             names.add(name_of(run))
             own = record if folder == "" else record_of(run, folder)
-            rows.append(run_student(teacher, encoders, errors, data, run, own))
+            rows.append(run_student(teacher, stage_one, data, run, own))
     if arguments.plot:
-        augmenter = build_augmenter(encoders, data, arguments)
+        augmenter = build_augmenter(stage_one[0], data, arguments)
         load_weights(augmenter, arguments.out / "augmenter.pt")
-        plot(record, augmenter, data)
+        plot(record, augmenter, data, arguments)
     chosen = name_of(arguments)
     return sorted(rows, key=lambda row: row["run"] == chosen)  # after its controls
 
@@ -831,11 +882,15 @@ def main():
         tables.append(run_seed(argparse.Namespace(**{**vars(arguments), "seed": seed, "out": out})))
     formats = {"test": ".2f", "T_before": ".3f", "S_before": ".3f", "T_after": ".3f",
                "S_after": ".3f", "T_end": ".3f", "S_end": ".3f", "rank1": ".1f",
-               "verification": ".1f", "epochs": ".0f", "images": ".1f", "searched": ".1f",
-               "seconds": ".0f"}
+               "verification": ".1f", "epochs": ".0f", "k images": ".1f", "k searched": ".1f",
+               "fit": ".0f", "seconds": ".0f"}
     columns = {name: style for name, style in formats.items()
                if any(name in row for table in tables for row in table)}
     print_table(tables, columns, f"TST on {arguments.dataset}: last-epoch test accuracy (%)")
+    if "T_end" in columns:
+        print("T, S: mean true-class probability of teacher and student on augmented test images, "
+              "before\nand after the last search, and at the end by the run's own theta; k: "
+              "thousands of images;\nfit: seconds of the fit of Stage I, not in `seconds`")
 
 
 if __name__ == "__main__":

@@ -533,7 +533,12 @@ def test_losses_on_random_logits(batch, classes, tau, weight):
     (lambda: tst.Augmenter([], *STATS), "0 encoders"),
     (lambda: tst.fit_encoder(tst.ColorEncoder(), "Invert", None, *STATS), "Invert"),
     (lambda: tst.fit_encoder(tst.ColorEncoder(), 11, None, *STATS), "11"),
-    (lambda: tst.fit_encoder(tst.ColorEncoder(), "Blur", None, *STATS), "Blur")])
+    (lambda: tst.fit_encoder(tst.ColorEncoder(), "Blur", None, *STATS), "Blur"),
+    (lambda: tst.exact("Cutout", None, 0), "Cutout"),
+    (lambda: tst.ColorEncoder()(torch.zeros(2, 3, 4, 4), torch.zeros(2)), r"\(2,\)"),
+    (lambda: tst.GeometricEncoder()(torch.zeros(2, 3, 4, 4), torch.zeros(1, 1)), r"\(1, 1\)"),
+    (lambda: tst.GeometricEncoder()(torch.zeros(2, 3, 4, 5), torch.zeros(2, 1)), "square"),
+    (lambda: tst.relaxed_bernoulli(torch.zeros(2), 0), "temperature = 0")])
 def test_wrong_input_is_refused(call, word):
     with pytest.raises(ValueError, match=word):
         call()
@@ -747,7 +752,9 @@ def test_controls_of_the_step():
     ("--search-epochs 0", "--search-epochs"), ("--student-term ce", "--student-term"),
     ("--augment some", "--augment"), ("--gate-temperature 0", "--gate-temperature"),
     ("--fit-steps 0", "--fit-steps"), ("--teacher-weights a b", "--teacher-weights"),
-    ("--student nonsense", "nonsense"), ("--temperature 0", "--temperature")])
+    ("--student nonsense", "nonsense"), ("--temperature 0", "--temperature"),
+    ("--augment random --search-at 1", "--search-at"),
+    ("--augment none --search-epochs 1", "--search-epochs")])
 def test_argument_errors_are_one_line(flags, word, capsys):
     with pytest.raises(SystemExit) as stop:
         tst.parse_args(flags.split())
@@ -765,6 +772,8 @@ def test_defaults():
                                  4, 0.05, [30, 90], 30, 2000)
     found = tst.parse_args("--dataset imagenet --device cpu".split())
     assert (found.temperature, found.search_at, found.search_epochs) == (1, [10, 25], 5)
+    found = tst.parse_args("--dataset imagenet --epochs 5 --device cpu".split())
+    assert (found.search_at, found.search_epochs) == ([0, 1], 1)
     found = tst.parse_args("--dataset cifar10 --device cpu".split())
     assert (found.epochs, found.search_at, found.search_epochs) == (8, [1, 3], 1)
     assert tst.parse_args("--epochs 1 --device cpu".split()).search_at == [0]
@@ -772,7 +781,8 @@ def test_defaults():
 
 # ------------------------------------------------------------------------------------------ runs
 TINY = ("--device cpu --teacher resnet8 --student resnet8x0.5 --epochs 3 --batch-size 50 "
-        "--fit-steps 5 --search-epochs 2 --search-at 0 1")
+        "--fit-steps 5")
+SEARCH = "--search-epochs 2 --search-at 0 1"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -791,7 +801,8 @@ def run(tmp_path_factory):
     def call(out, flags=""):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", ["tst.py", *TINY.split(), "--out", str(out), "--cache",
-                                        str(cache), *flags.split()])
+                                        str(cache), *(() if "--augment" in flags else SEARCH.split()),
+                                        *flags.split()])
             with contextlib.redirect_stdout(io.StringIO()) as printed:
                 tst.main()
         return printed.getvalue()
@@ -834,7 +845,7 @@ def result_of(folder):
 
 
 def table(printed):
-    lines = printed.split("\nTST on ")[-1].splitlines()[1:]
+    lines = printed.split("\nTST on ")[-1].split("\nT, S:")[0].splitlines()[1:]
     header, *rows = [re.split(r" {2,}", line.strip()) for line in lines if line.strip()]
     return {row[0]: dict(zip(header[1:], row[1:])) for row in rows}
 
@@ -877,7 +888,8 @@ def test_the_log_has_the_25_series(whole):
 
 def test_result_and_pictures_without_matplotlib(whole):
     found = result_of(whole.folder)
-    assert [block["epoch"] for block in found["blocks"]] == [0, 1]
+    assert [block["search_at"] for block in found["blocks"]] == [0, 1]
+    assert set(found["seconds_by_stage"]) == {"I", "II", "III"}
     assert found["images"] == {"student forward and backward": 2 * 3 * 260,
                                "teacher forward": 2 * 3 * 260,
                                "both forward and backward to the image": 4 * 260}
@@ -892,7 +904,7 @@ def test_result_and_pictures_without_matplotlib(whole):
 
 
 def test_confidences_by_hand(whole, run):
-    """The end's: the saved networks on the draws of the seed, batches of 50."""
+    """The end's: the saved networks on the draws of the seed, ten images a draw."""
     data = common.load_data("shapes", None, None, 1.0, 0, 0, 0, torch.device("cpu"))
     teacher = common.build_model("resnet8", 20, 16)
     teacher.load_state_dict(weights(next(run.cache.glob("shapes-resnet8-3-*")) / "epoch-0003.pt"))
@@ -902,9 +914,9 @@ def test_confidences_by_hand(whole, run):
     augmenter.load_state_dict(weights(whole.folder / "augmenter.pt"))
     found = []
     with torch.no_grad():
-        for images, labels in data.test.batches(50):
+        for images, labels in data.test.batches(10):
             x = augmenter(images)
-            found.append([network.eval()(x).softmax(1)[torch.arange(50), labels].mean().item()
+            found.append([network.eval()(x).softmax(1)[torch.arange(10), labels].mean().item()
                           for network in (teacher, student)])
     measured = result_of(whole.folder)["measures"]
     assert [measured["T_end"], measured["S_end"]] == pytest.approx(np.mean(found, 0), abs=1e-5)
@@ -940,8 +952,8 @@ def test_compare_prints_every_control(whole, run, tmp_path):
     assert list(found) == ["teacher", "student alone", "KD on originals",
                            "KD, 2B originals a step", "random augmentation", "TST"]
     assert found["TST"]["test"] == table(whole.printed)["TST"]["test"]
-    assert [row["images"] for row in found.values()] == ["0.8", "0.8", "0.8", "1.6", "1.6", "1.6"]
-    assert found["TST"]["searched"] == "1.0" and found["random augmentation"]["searched"] == "0.0"
+    assert [row["k images"] for row in found.values()] == ["0.8", "0.8", "0.8", "1.6", "1.6", "1.6"]
+    assert [row["k searched"] for row in found.values()] == ["0.0"] * 5 + ["1.0"]
     random = result_of(tmp_path / "random")
     assert random["probabilities"] == [0.5] * 14 and random["magnitudes"] == [0.5] * 11
     assert found["random augmentation"]["T_before"] == "-"
@@ -967,8 +979,8 @@ def test_every_mode_sees_the_same_originals(run, tmp_path, whole, monkeypatch):
 
 def test_stage_one_is_cached(run, tmp_path, monkeypatch, whole):
     monkeypatch.setattr(tst, "fit_encoder", None)  # would fail if called
-    assert "Stage I" not in run(tmp_path, "--augment random")
-    assert "Stage I" in whole.printed
+    assert "Stage I:" not in run(tmp_path, "--augment random")
+    assert "Stage I:" in whole.printed
 
 
 def test_no_encoders_without_an_augmenter(run, tmp_path, monkeypatch):
@@ -976,6 +988,32 @@ def test_no_encoders_without_an_augmenter(run, tmp_path, monkeypatch):
     found = table(run(tmp_path, "--augment none"))
     assert list(found) == ["teacher", "KD on originals"]
     assert not (tmp_path / "augmenter.pt").exists()
+
+
+def test_imagenet_is_streamed_to_the_end(run, tmp_path):
+    """A tiny one: pictures and confidences without all images in memory."""
+    from PIL import Image
+    for part, count in (("train", 6), ("val", 4)):
+        for label in range(2):
+            folder = tmp_path / "data" / part / f"class-{label}"
+            folder.mkdir(parents=True)
+            for index in range(count):
+                pixels = np.random.default_rng(index).integers(0, 256, (40, 40, 3))
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{index}.png")
+    flags = (f"--dataset imagenet --data {tmp_path / 'data'} --image-size 16 --epochs 1 "
+             "--batch-size 6 --search-at 0 --search-epochs 1")
+    found = table(run(tmp_path / "out", flags))
+    assert list(found) == ["teacher", "TST"]
+    assert (tmp_path / "out" / "augmented.png").stat().st_size > 1000
+
+
+def test_a_cache_that_cannot_be_written(run, tmp_path):
+    teacher = common.build_model("resnet8", 20, 16, 4)
+    common.save_weights(teacher.state_dict(), tmp_path / "teacher.pt")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(common.InputError, match="--cache"):
+        run(tmp_path / "out", f"--teacher-weights {tmp_path / 'teacher.pt'} --cache "
+                              f"{tmp_path / 'file'}")
 
 
 def test_negative_ce_seeds_open_set(run, tmp_path):
@@ -1024,4 +1062,6 @@ def test_commands_of_the_readme(command, tmp_path, run, monkeypatch):
         monkeypatch.chdir(tmp_path)
         tiny = ["--epochs", "1", "--batch-size", "20", "--fit-steps", "2", "--search-at", "0",
                 "--search-epochs", "1"]
+        if "--augment" in flags:
+            tiny = tiny[:6]
         run(tmp_path / "out", " ".join([*flags, *tiny]))
