@@ -23,6 +23,7 @@ import letkd  # noqa: E402
 import rco  # noqa: E402
 import switokd  # noqa: E402
 import trikd  # noqa: E402
+import tst  # noqa: E402
 
 
 def seconds(function, device):
@@ -236,6 +237,82 @@ def letkd_row(device, precision, teacher, student, size, batch, steps):
     return 1000 * mine / len(ready), 1000 * least / len(ready), ratio
 
 
+def tst_row(device, precision, teacher, student, size, batch, steps, stage):
+    """Stage II: augmenter, both networks, backward to theta, step. Stage III: augmenter, teacher
+    on 2B, student on 2B forward, backward, step. "augmenter": its share of a Stage III step, as
+    ms, floor and ratio."""
+    arguments = tst.parse_args(["--device", str(device), "--precision", precision])
+    data = common.load_data("shapes", image_size=size, device=device)
+    part = slice(steps * batch)
+    split = common.Split(data.train.images[part], data.train.labels[part], data.train.mean,
+                         data.train.std)
+    teacher = common.frozen(common.build_model(teacher, data.classes, size)).to(device)
+    encoders = [tst.ColorEncoder() if i < tst.COLOR else tst.GeometricEncoder()
+                for i in range(tst.MOVABLE)]
+    augmenters, students, optimizers, searches = [], [], [], []
+    for _ in range(2):
+        augmenters.append(tst.Augmenter(
+            encoders, torch.tensor(data.mean), torch.tensor(data.std),
+            generator=torch.Generator().manual_seed(0)).to(device))
+        students.append(common.build_model(student, data.classes, size).to(device))
+        optimizers.append(common.sgd(students[-1].parameters(), arguments))
+        searches.append(tst.search_optimizer(augmenters[-1]))
+    generator = torch.Generator().manual_seed(0)
+    ready = list(split.augmented(batch, generator))
+    record = common.Record(tempfile.mkdtemp(), {}, False, device)
+
+    def search():
+        with tst.held(students[0]):
+            for images, labels in split.augmented(batch, generator):
+                terms = tst.search_step(augmenters[0], teacher, students[0], searches[0], images,
+                                        labels, arguments)
+                record.step(terms, None, labels)
+
+    def search_floor():
+        with tst.held(students[1]):
+            for images, labels in ready:
+                augmented = augmenters[1](images)
+                with common.autocast(arguments):
+                    t, s = teacher(augmented).float(), students[1](augmented).float()
+                p = F.softmax(s, 1).gather(1, labels[:, None])
+                loss = F.cross_entropy(t, labels) - torch.log(1 - p + 1e-8).mean()
+                searches[1].zero_grad()
+                loss.backward()
+                searches[1].step()
+
+    def teach():
+        for images, labels in split.augmented(batch, generator):
+            terms, logits = tst.train_step(students[0], teacher, augmenters[0], optimizers[0],
+                                           images, labels, arguments)
+            record.step(terms, logits, labels)
+
+    def teach_floor():
+        for images, labels in ready:
+            with torch.no_grad():
+                both = torch.cat([augmenters[1](images), images])
+                with common.autocast(arguments):
+                    t = teacher(both).float()
+            with common.autocast(arguments):
+                s = students[1](both).float()
+            loss = F.cross_entropy(s, torch.cat([labels, labels])) + 16 * F.kl_div(
+                F.log_softmax(s / 4, 1), F.log_softmax(t / 4, 1), reduction="batchmean",
+                log_target=True)
+            optimizers[1].zero_grad()
+            loss.backward()
+            optimizers[1].step()
+
+    def augment():
+        with torch.no_grad():
+            for images, _ in ready:
+                augmenters[0](images)
+
+    pair = {"II": (search, search_floor), "III": (teach, teach_floor),
+            "augmenter": (augment, teach_floor)}[stage]
+    students[0].train(), students[1].train()
+    mine, least, ratio = in_turns(*pair, device)
+    return 1000 * mine / len(ready), 1000 * least / len(ready), ratio
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -257,7 +334,8 @@ def main():
             setting = (device, precision, *pair, steps)
             for name, row in (("rco", rco_row), ("switokd learning", switokd_row),
                               ("switokd expert", switokd_row), ("trikd", trikd_row),
-                              ("letkd", letkd_row)):
+                              ("letkd", letkd_row), ("tst II", tst_row), ("tst III", tst_row),
+                              ("tst augmenter", tst_row)):
                 mode = name.split()[1:]
                 mine, floor, ratio = row(*setting, *mode)
                 label = "{} {} -> {}, {}, {}".format(name, *pair)

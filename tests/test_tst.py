@@ -799,10 +799,10 @@ def run(tmp_path_factory):
     cache = tmp_path_factory.mktemp("cache")
 
     def call(out, flags=""):
+        search = [] if "--augment" in flags else SEARCH.split()
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", ["tst.py", *TINY.split(), "--out", str(out), "--cache",
-                                        str(cache), *(() if "--augment" in flags else SEARCH.split()),
-                                        *flags.split()])
+                                        str(cache), *search, *flags.split()])
             with contextlib.redirect_stdout(io.StringIO()) as printed:
                 tst.main()
         return printed.getvalue()
