@@ -1161,9 +1161,13 @@ def print_table(tables, columns, title):
 
 # ------------------------------------------------------- 6. training one network, cached on disk
 def sgd(parameters, arguments):
-    """SGD with the shared flags; `fused` makes a step one call, not several for each tensor."""
+    """SGD with the shared flags, by Nesterov's rule where the script's paper has it.
+
+    `fused` makes a step one call, not several for each tensor.
+    """
+    nesterov = arguments.momentum > 0 and getattr(arguments, "nesterov", False)
     return torch.optim.SGD(parameters, arguments.learning_rate, arguments.momentum,
-                           weight_decay=arguments.weight_decay, fused=True)
+                           weight_decay=arguments.weight_decay, nesterov=nesterov, fused=True)
 
 
 def train_network(name, data, learning_rates, arguments, keep=(), seed=0, title="teacher"):
@@ -1183,6 +1187,7 @@ def train_network(name, data, learning_rates, arguments, keep=(), seed=0, title=
         "statistics": [*data.mean, *data.std], "rates": list(learning_rates),
         "batch_size": arguments.batch_size, "momentum": arguments.momentum,
         "weight_decay": arguments.weight_decay, "precision": arguments.precision,
+        "nesterov": getattr(arguments, "nesterov", False),
         "compile": arguments.compile, "device": arguments.device.type, "torch": torch.__version__,
         "source": hashlib.sha1(Path(__file__).read_bytes()).hexdigest()}
     key = hashlib.sha1(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]

@@ -19,6 +19,7 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
 import common  # noqa: E402
+import letkd  # noqa: E402
 import rco  # noqa: E402
 import switokd  # noqa: E402
 import trikd  # noqa: E402
@@ -189,6 +190,52 @@ def trikd_row(device, precision, teacher, student, size, batch, steps):
     return 1000 * mine / len(ready), 1000 * least / len(ready), ratio
 
 
+def letkd_row(device, precision, teacher, student, size, batch, steps):
+    """Its floor: the teacher to both taps, the targets once; forward, backward and step of the
+    student with its layers."""
+    arguments = letkd.parse_args(["--teacher", teacher, "--student", student, "--rows", "20000",
+                                  "--device", str(device), "--precision", precision])
+    arguments.seed, arguments.cache = 0, Path(tempfile.mkdtemp())
+    data = common.load_data("shapes", image_size=size, device=device)
+    sides = letkd.check_maps(data, arguments, [arguments])
+    teacher = common.frozen(common.build_model(teacher, data.classes, size)).to(device)
+    targets = letkd.prepare(teacher, data, sides, arguments)
+    part = slice(steps * batch)
+    split = common.Split(data.train.images[part], data.train.labels[part], data.train.mean,
+                         data.train.std)
+    ours, bare = (letkd.new_student(data, arguments) for _ in range(2))
+    our_sgd, bare_sgd = (common.sgd(net.parameters(), arguments) for net in (ours, bare))
+    generator = torch.Generator().manual_seed(0)
+    ready = list(split.augmented(batch, generator))
+    record = common.Record(tempfile.mkdtemp(), {}, False, device)
+
+    def step():
+        for images, labels in split.augmented(batch, generator):
+            terms, logits = letkd.train_step(ours, teacher, targets, our_sgd, images, labels,
+                                             arguments)
+            record.step(terms, logits, labels)
+
+    def floor():
+        for images, labels in ready:
+            with torch.no_grad(), common.autocast(arguments):
+                z_inter = letkd.up_to_tap(teacher, images)
+                z_penult = letkd.after_tap(teacher, z_inter)
+            p_words = letkd.word_targets(z_penult.float(), targets.words)
+            p_table = letkd.decision_targets(z_inter.float(), labels, targets.decisions)
+            with common.autocast(arguments):
+                features, scores_i, scores_p = bare.forward_scores(images)
+                logits = bare.forward_head(features)
+            loss = (F.cross_entropy(logits.float(), labels)
+                    + letkd.template_loss(scores_p, p_words)
+                    + letkd.template_loss(scores_i, p_table))
+            bare_sgd.zero_grad()
+            loss.backward()
+            bare_sgd.step()
+
+    mine, least, ratio = in_turns(step, floor, device)
+    return 1000 * mine / len(ready), 1000 * least / len(ready), ratio
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -209,7 +256,8 @@ def main():
             steps = 20 if cuda or precision == "fp32" else 2  # bf16 crawls on CPUs without AVX512
             setting = (device, precision, *pair, steps)
             for name, row in (("rco", rco_row), ("switokd learning", switokd_row),
-                              ("switokd expert", switokd_row), ("trikd", trikd_row)):
+                              ("switokd expert", switokd_row), ("trikd", trikd_row),
+                              ("letkd", letkd_row)):
                 mode = name.split()[1:]
                 mine, floor, ratio = row(*setting, *mode)
                 label = "{} {} -> {}, {}, {}".format(name, *pair)
