@@ -53,7 +53,7 @@ start; own Stage I schedule, no noise in the colour fit; u clamped to [1e-6, 1 -
 generator for gates, permutation, cutout and noise; float32, one device, no moving average of
 weights; training accuracy on the original half; Stage I runs on demand (a clone of CODE without
 encoder files cannot start); the targets are torchvision's, which round a few pixels of shears,
-colour and sharpness otherwise than the plain formulas; all small recipes (on shapes 16 epochs at
+colour and sharpness otherwise than the plain formulas; all small recipes (on shapes 12 epochs at
 0.1), weight decay 5e-4 there; the controls, "2B originals" being two random batches a step.
 Kept although odd (CODE): image-sized cutout (centre anywhere: 25 to 100 % erased), additive
 residuals, positive magnitudes only, one gate a call for the whole batch, the plateau rule. Not
@@ -88,7 +88,7 @@ RECIPE = {"learning_rate": 0.05, "momentum": 0.9, "weight_decay": 5e-4, "batch_s
 SMALL = {"teacher": "resnet20", "student": "resnet8x0.5", "epochs": 8, "fit_steps": 500,
          "temperature": 4.0, **RECIPE}
 DEFAULTS = {  # flags by data set; each can be given by hand
-    "shapes": {**SMALL, "teacher": "resnet14", "epochs": 16, "learning_rate": 0.1},
+    "shapes": {**SMALL, "teacher": "resnet14", "epochs": 12, "learning_rate": 0.1},
     "fashionmnist": SMALL, "cifar10": SMALL, "folder": SMALL, "tinyimagenet": SMALL,
     "cifar100": {**SMALL, "teacher": "resnet32x4", "student": "resnet8x4", "epochs": 240,
                  "fit_steps": 2000, "batch_size": 128, "learning_rate": 0.1, "weight_decay": 1e-4},
