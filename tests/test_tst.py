@@ -427,6 +427,8 @@ def test_brightness_is_fitted_better_than_the_identity():
 def test_a_fit_step_is_eq_11(monkeypatch):
     """One step at rate 0: the loss that is returned, from its definition."""
     images, encoder = smooth_images(20), geometric([[1, 0.1, 0], [0, 1, 0.2]])
+    with torch.no_grad():
+        encoder.W.fill_(0.1)  # so that noise would show
     monkeypatch.setattr(torch, "rand", lambda *args, **flags: torch.tensor([0.57, 0.9]))
     loss = tst.fit_encoder(encoder, "Rotate", images, *STATS, steps=1, batch_size=8, lr=0.0,
                            generator=generator(5))
@@ -883,6 +885,30 @@ def test_the_log_has_the_25_series(whole):
     for row in rows:
         assert (row["teacher_term"] != "") == (row["stage"] == "2")
         assert 0 <= float(row["conf_teacher"]) <= 1
+
+
+def test_the_plateau_rule_sets_the_search_rate(run, tmp_path, monkeypatch):
+    """It gets the pass before (999 in a new block) and this pass's mean loss; every block starts
+    at 0.01."""
+    asked, rates, original = [], [], tst.search_step
+
+    def halve(previous, loss, rate):
+        asked.append((previous, loss))
+        return rate / 2
+
+    def watch(*args):
+        found = original(*args)
+        rates.append((args[3].param_groups[0]["lr"], (found["L_T"] + found["L_S"]).item()))
+        return found
+    monkeypatch.setattr(tst, "plateau", halve)
+    monkeypatch.setattr(tst, "search_step", watch)
+    run(tmp_path)
+    assert [rate for rate, _ in rates] == ([0.01] * 6 + [0.005] * 6) * 2
+    sizes = [50] * 5 + [10]
+    means = [np.average([loss for _, loss in rates[k:k + 6]], weights=sizes)
+             for k in range(0, 24, 6)]
+    assert [loss for _, loss in asked] == pytest.approx(means, rel=1e-5)
+    assert [previous for previous, _ in asked] == pytest.approx([999, means[0], 999, means[2]])
 
 
 def test_result_and_pictures_without_matplotlib(whole):
