@@ -704,7 +704,8 @@ def plot(record, teacher, targets, data, run):
                   for axis, key in ((axes[1], "s_q"), (axes[1], "s_v"), (axes[2], "fire"))]
     for axis, key, label in shown:
         if key in rows[0]:
-            axis.plot([row["epoch"] for row in rows], [row[key] for row in rows], label=label)
+            axis.plot([row["epoch"] for row in rows], [row[key] for row in rows], marker=".",
+                      label=label)
     axes[0].set(title="Terms of eq. (16), nats")
     axes[1].set(title="Scales of eqs. (1), (3)")
     axes[2].set(title="Share of templates that fire", ylim=(0, 1.05))
@@ -732,7 +733,8 @@ def plot(record, teacher, targets, data, run):
             axis[1].imshow((found - label * k).cpu().numpy(), vmin=0, vmax=k - 1, cmap="turbo")
             axis[1].set_title("sub-class of each location", fontsize=8)
             for n in found.unique()[:3].tolist():
-                axis[2].bar(range(len(c)), s_T[n].cpu().numpy(), width=1.0, alpha=0.6,
+                color = pyplot.get_cmap("turbo")((n - int(label) * k) / max(1, k - 1))
+                axis[2].bar(range(len(c)), s_T[n].cpu().numpy(), width=1.0, color=color,
                             label=f"row of sub-class {n - int(label) * k}")
             axis[2].set_xlabel("sub-class of the whole table, k to a class", fontsize=8)
             axis[2].legend(fontsize=7)
@@ -755,12 +757,13 @@ def parse_args(argv=None):
         help="none: the layers without a teacher, a control of capacity (default: teacher)")
     add("--words", type=number(int, 2), metavar="K",
         help="visual words, eq. (6) (default: 256; cifar100, imagenet 4096)")
-    add("--per-class", type=number(int, 1), default=8, metavar="K",
+    add("--per-class", type=number(int, 1), default=8, metavar="k",
         help="sub-classes of a class, eq. (9) (default: 8)")
     add("--dimensions", type=number(int, 1), default=60, metavar="L",
         help="of the LDA, eq. (8); at most classes - 1 (default: 60)")
     add("--rows", type=number(int, 1), metavar="N",
-        help="locations of the teacher's maps to fit on (default: 200000; cifar100 all)")
+        help="locations of the teacher's maps to fit on (default: 200000; cifar100 all, "
+             "imagenet 2000000)")
     add("--compare", action="store_true",
         help="run the controls as well: KD, unsupervised layers, alpha 0, the other letKD")
     add("--plot", action="store_true",

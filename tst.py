@@ -776,9 +776,11 @@ def parse_args(argv=None):
     add("--operations", type=number(int, 1, len(OPERATIONS)), default=4, metavar="K",
         help="operations of a call, eq. (4) (default: 4)")
     add("--search-at", type=number(int, 0), nargs="+", metavar="EPOCH",
-        help="epochs, from 0, that a search comes before (default: E // 8 and 3 E // 8)")
+        help="epochs, from 0, that a search comes before (default: E // 8 and 3 E // 8; "
+             "imagenet's 100: 10 and 25)")
     add("--search-epochs", type=number(int, 1), metavar="N",
-        help="passes over the training images of a search (default: max(1, E // 8))")
+        help="passes over the training images of a search (default: max(1, E // 8); imagenet's "
+             "100: 5)")
     add("--gate-temperature", type=positive, default=0.05, metavar="TAU_G",
         help="eq. (3) (default: 0.05)")
     add("--fit-steps", type=number(int, 1), metavar="N",
