@@ -947,6 +947,19 @@ def test_confidences_by_hand(whole, run):
     assert [measured["T_end"], measured["S_end"]] == pytest.approx(np.mean(found, 0), abs=1e-5)
 
 
+def test_measuring_leaves_the_augmenters_draws_alone(tmp_path):
+    """And the measure draws the same every time."""
+    data = common.load_data("shapes", None, None, 1.0, 0, 0, 0, torch.device("cpu"))
+    student, teacher, *_ = networks_of_shapes()
+    augmenter = plain_augmenter(operations=14)
+    kept, state = augmenter.generator, augmenter.generator.get_state()
+    arguments = Namespace(**vars(STEP), seed=0)
+    first, second = (tst.confidences(augmenter, teacher, student, data, arguments) for _ in "ab")
+    tst.save_grid(augmenter, data, arguments, tmp_path / "grid.png")
+    assert first == second and student.training
+    assert augmenter.generator is kept and torch.equal(kept.get_state(), state)
+
+
 @pytest.mark.parametrize("stage, calls", [
     ("first block, second pass", 8), ("a Stage III epoch", 15),
     ("second block, second pass", 18 + 9)])
