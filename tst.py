@@ -63,7 +63,7 @@ UNKNOWN: the paper's equations, its tau_g, K, weights, schedule, pairs, all tabl
 conclusions, whether its last operation is Cutout or CutMix, whether its batch of 256 is 128 + 128,
 how often Stages II and III alternate. None of its accuracies is known to this project.
 
-    python tst.py                       embedded shapes; 2 CPU cores: under two minutes
+    python tst.py                       embedded shapes; 2 CPU cores: about 80 seconds
     python tst.py --compare             with its controls
     python tst.py --dataset cifar100    resnet32x4 -> resnet8x4, 240 epochs: not yet run
 """
@@ -728,7 +728,7 @@ def plot(record, augmenter, data, run):
                          if one["stage"] == "2" and one["epoch"] == row["epoch"]]
                 axis.axvspan(min(block), max(block), alpha=0.15, color="grey")
         axis.set(title=f"{title} (grey: search)", xlabel="step")
-    axes[0].legend(fontsize=6, ncols=2)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=7)
     figure.savefig(files[0], dpi=110)
     pyplot.close(figure)
 
