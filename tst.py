@@ -64,7 +64,7 @@ conclusions, whether its last operation is Cutout or CutMix, whether its batch o
 how often Stages II and III alternate. None of its accuracies is known to this project.
 
     python tst.py                       embedded shapes; 2 CPU cores: about 80 seconds
-    python tst.py --compare             with its controls
+    python tst.py --compare             with its controls; 2 CPU cores: 2 to 3 minutes
     python tst.py --dataset cifar100    resnet32x4 -> resnet8x4, 240 epochs: not yet run
 """
 
