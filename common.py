@@ -154,6 +154,15 @@ def check_plot(parser, arguments):
             parser.error("--plot needs matplotlib: pip install matplotlib")
 
 
+def each_seed(arguments):
+    """The arguments of every seed's run, once each; several seeds go to --out/seed-S."""
+    seeds = list(dict.fromkeys(arguments.seed))
+    return [argparse.Namespace(**{
+        **vars(arguments), "seed": seed,
+        "out": arguments.out / f"seed-{seed}" if len(seeds) > 1 else arguments.out})
+        for seed in seeds]
+
+
 def run_script(main):
     """Call `main()`. Bad input ends as one line and exit code 2; Ctrl-C as 130 with a hint."""
     script = Path(sys.argv[0]).name
@@ -433,6 +442,14 @@ def load_data(name, folder=None, image_size=None, train_fraction=1.0, validation
         verification_pairs(unseen.labels)  # too few images: say so now, not after the training
     return Data(name, train, held, test, unseen if open_set else None, known, size,
                 tuple(mean.tolist()), tuple(std.tolist()))
+
+
+def introduce(data, arguments):
+    """Say what is trained on, before anything long."""
+    held = f"{len(data.validation)} held-out, " if len(data.validation) else ""
+    print(f"{data.name}: {len(data.train)} training, {held}{len(data.test)} test images of "
+          f"{data.image_size}x{data.image_size}, {data.classes} classes; seed {arguments.seed}, "
+          f"{arguments.device}")
 
 
 def check_batch_size(data, arguments):
@@ -784,6 +801,12 @@ def load_weights(network, path):
         raise InputError(f"{path} does not hold the weights of this network: {str(error)[:200]}"
                          ) from None
     return network
+
+
+def load_frozen(name, path, data, arguments):
+    """A finished network from a plain state dict (--teacher-weights), frozen, on the device."""
+    network = load_weights(build_model(name, data.classes, data.image_size), path)
+    return frozen(network).to(arguments.device)
 
 
 # ------------------------------------------------------------------------------------ 4. evaluation
@@ -1147,11 +1170,14 @@ def training_seconds(rows, images):
     return sum(images / row["img/s"] for row in rows)
 
 
-def print_table(tables, columns, title):
-    """Print one table from `tables`: for each seed a list of dicts with "run" and `columns`.
+def print_table(tables, formats, title):
+    """Print one table from `tables`: for each seed a list of dicts with "run" and other keys.
 
-    `columns`: {key: format}. Several seeds: mean ± standard deviation (n - 1). Missing: "-".
+    `formats`: {key: format}, the columns in their order; one that no row has is left out. Several
+    seeds: mean ± standard deviation (n - 1). Missing: "-". Returns the columns shown.
     """
+    columns = {name: style for name, style in formats.items()
+               if any(name in row for table in tables for row in table)}
     spread = f"mean ± standard deviation of {len(tables)} seeds" if len(tables) > 1 else "one seed"
     lines = [["run", *columns]]
     for label in dict.fromkeys(row["run"] for table in tables for row in table):
@@ -1167,6 +1193,7 @@ def print_table(tables, columns, title):
     for first, *rest in lines:
         cells = [f"{cell:>{width}}" for cell, width in zip(rest, widths[1:])]
         print(f"  {first:<{widths[0]}}  " + "  ".join(cells), flush=True)
+    return list(columns)
 
 
 # ------------------------------------------------------- 6. training one network, cached on disk

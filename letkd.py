@@ -81,9 +81,10 @@ from typing import NamedTuple
 
 from common import (
     F, InputError, Network, Record, autocast, base_parser, build_model, check_batch_size,
-    check_plot, describe, embeddings, evaluate, evaluating, frozen, load_data, load_file,
-    load_weights, make_folder, nn, number, open_set_report, parse, print_table, random_states,
-    restore_random_states, run_script, save_file, sgd, torch, train_network, training_seconds)
+    check_plot, describe, each_seed, embeddings, evaluate, evaluating, introduce, load_data,
+    load_file, load_frozen, make_folder, nn, number, open_set_report, parse, print_table,
+    random_states, restore_random_states, run_script, save_file, sgd, torch, train_network,
+    training_seconds)
 
 RECIPE = {"learning_rate": 0.05, "momentum": 0.9, "weight_decay": 5e-4, "batch_size": 64}
 SMALL = {"teacher": "resnet20", "student": "resnet8x0.5", "epochs": 24, "words": 256,
@@ -148,7 +149,7 @@ def decision_targets(features, labels, decisions):
     if labels.device.type == "cpu" and not (0 <= labels).logical_and(labels < len(c) // k).all():
         raise ValueError(f"labels must lie in 0..{len(c) // k - 1}")  # a GPU would have to wait
     # Eq. (8): g = W z + b
-    g = at_every_location(features.detach(), W, b)  # (B,L,H,W)
+    g = at_every_location(features, W, b)  # (B,L,H,W)
     # Eq. (9): h1 = argmin over the sub-classes n of class y of ||g - c_n||^2
     own = c.view(-1, k, c.shape[1])[labels]  # (B,k,L)
     with torch.autocast(g.device.type, enabled=False):
@@ -156,7 +157,7 @@ def decision_targets(features, labels, decisions):
     distance = own.square().sum(2)[:, :, None, None] - 2 * inner  # (B,k,H,W), without ||g||^2
     h1 = labels[:, None, None] * k + distance.argmin(1)  # (B,H,W)
     # Eq. (12): p_T(.|i) = s_T[h1(z_i, y)]
-    return s_T[h1].movedim(3, 1)  # (B,Ck,H,W)
+    return s_T.detach()[h1].movedim(3, 1)  # (B,Ck,H,W)
 
 
 def template_loss(scores, targets):
@@ -827,9 +828,7 @@ def run_seed(arguments):
                  "letkd-1": variant(arguments, **once, layers=1),
                  "letkd-2": variant(arguments, **once, layers=2)}
     sides = check_maps(data, arguments, runs.values())
-    print(f"{data.name}: {len(data.train)} training, {len(data.test)} test images of "
-          f"{data.image_size}x{data.image_size}, {data.classes} classes; seed {arguments.seed}, "
-          f"{arguments.device}")
+    introduce(data, arguments)
     E = arguments.epochs
     rates = learning_rates(arguments.learning_rate, E, arguments.drops)
     fingerprint = {"data_fingerprint": data.train.fingerprint()}
@@ -842,9 +841,7 @@ def run_seed(arguments):
     rows, teacher, targets = [], None, None
     if any(run.supervision != "none" for run in runs.values()):
         if arguments.teacher_weights:
-            network = build_model(arguments.teacher, data.classes, data.image_size)
-            teacher = frozen(load_weights(network, arguments.teacher_weights[0]))
-            teacher.to(arguments.device)
+            teacher = load_frozen(arguments.teacher, arguments.teacher_weights[0], data, arguments)
             found = {"test": evaluate(teacher, data.test, arguments)}
         else:
             result, kept = train_network(arguments.teacher, data, rates, arguments,
@@ -875,17 +872,12 @@ def run_seed(arguments):
 
 def main():
     arguments = parse_args()
-    tables = []
-    for seed in dict.fromkeys(arguments.seed):
-        out = arguments.out / f"seed-{seed}" if len(arguments.seed) > 1 else arguments.out
-        tables.append(run_seed(argparse.Namespace(**{**vars(arguments), "seed": seed, "out": out})))
+    tables = [run_seed(run) for run in each_seed(arguments)]
     formats = {"test": ".2f", "params": ",.0f", "madds": ",.0f", "fire_i": ".1f", "fire_p": ".1f",
                "agree": ".1f", "p_max": ".3f", "entropy": ".2f", "probe_x": ".2f",
                "probe_x_hat": ".2f", "rank1": ".1f", "verification": ".1f", "epochs": ".0f",
                "seconds": ".0f"}
-    columns = {name: style for name, style in formats.items()
-               if any(name in row for table in tables for row in table)}
-    print_table(tables, columns, f"LetKD on {arguments.dataset}: last-epoch test accuracy (%)")
+    print_table(tables, formats, f"LetKD on {arguments.dataset}: last-epoch test accuracy (%)")
 
 
 if __name__ == "__main__":

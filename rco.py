@@ -57,10 +57,10 @@ import argparse
 import math
 
 from common import (
-    F, Record, autocast, base_parser, build_model, check_batch_size, check_plot, compile_network,
-    describe, embeddings, evaluate, evaluating, frozen, load_data, load_weights, nn, number,
-    open_set_report, parse, print_table, random_states, restore_random_states, run_script, sgd,
-    torch, train_network)
+    F, Record, autocast, base_parser, build_model, check_batch_size, check_plot,
+    compile_network, describe, each_seed, embeddings, evaluate, evaluating, introduce,
+    load_data, load_frozen, nn, number, open_set_report, parse, print_table, random_states,
+    restore_random_states, run_script, sgd, torch, train_network)
 
 RECIPE = {"learning_rate": 0.05, "momentum": 0.9, "weight_decay": 5e-4, "batch_size": 64}
 SMALL = {"teacher": "resnet20", "student": "resnet8x0.5", "epochs": 24, **RECIPE}
@@ -215,8 +215,7 @@ def teacher_route(data, arguments):
     if arguments.teacher_weights:
         epochs, route = equal_epoch_anchors(E, len(arguments.teacher_weights)), {}
         for epoch, path in zip(epochs, arguments.teacher_weights):
-            teacher = build_model(arguments.teacher, data.classes, data.image_size)
-            route[epoch] = frozen(load_weights(teacher, path)).to(arguments.device)
+            route[epoch] = load_frozen(arguments.teacher, path, data, arguments)
     else:  # the anchors, and the 24 candidates that the pictures show
         result, route = train_network(
             arguments.teacher, data, learning_rates(arguments.learning_rate, E), arguments,
@@ -460,9 +459,7 @@ def run_seed(arguments):
         arguments.dataset, arguments.data, arguments.image_size, arguments.train_fraction,
         0.1, arguments.open_set, arguments.seed, arguments.device)  # X': a tenth, at most 10,000
     check_batch_size(data, arguments)
-    print(f"{data.name}: {len(data.train)} training, {len(data.validation)} held-out, "
-          f"{len(data.test)} test images of {data.image_size}x{data.image_size}, {data.classes} "
-          f"classes; seed {arguments.seed}, {arguments.device}")
+    introduce(data, arguments)
     arguments.class_means = arguments.transfer == "mimic"
     chosen, fingerprint = variant(arguments), {"data_fingerprint": data.train.fingerprint()}
     further = [variant(arguments, strategy=strategy, anchors=None)
@@ -512,15 +509,10 @@ def run_seed(arguments):
 
 def main():
     arguments = parse_args()
-    tables = []
-    for seed in arguments.seed:
-        out = arguments.out / f"seed-{seed}" if len(arguments.seed) > 1 else arguments.out
-        tables.append(run_seed(argparse.Namespace(**{**vars(arguments), "seed": seed, "out": out})))
+    tables = [run_seed(run) for run in each_seed(arguments)]
     formats = {"test": ".2f", "best": ".2f", "kl_final": ".4f", "rank1": ".1f",
                "verification": ".1f", "epochs": ".0f", "cost": ".1f", "seconds": ".0f"}
-    columns = {name: style for name, style in formats.items()
-               if any(name in row for table in tables for row in table)}
-    print_table(tables, columns, f"RCO on {arguments.dataset}: last-epoch test accuracy (%)")
+    print_table(tables, formats, f"RCO on {arguments.dataset}: last-epoch test accuracy (%)")
 
 
 if __name__ == "__main__":

@@ -70,10 +70,10 @@ import statistics
 import time
 
 from common import (
-    F, InputError, Record, base_parser, build_model, check_batch_size, check_plot, compile_network,
-    describe, embeddings, evaluate, load_data, number, open_set_report, parse, print_table,
-    random_states, restore_random_states, run_script, save_weights, sgd, torch, train_network,
-    training_seconds)
+    F, InputError, Record, base_parser, build_model, check_batch_size, check_plot,
+    compile_network, describe, each_seed, embeddings, evaluate, introduce, load_data, number,
+    open_set_report, parse, print_table, random_states, restore_random_states, run_script,
+    save_weights, sgd, torch, train_network, training_seconds)
 
 RECIPE = {"learning_rate": 0.1, "momentum": 0.9, "weight_decay": 5e-4, "batch_size": 128}
 DEFAULTS = {  # flags by data set; each can be given by hand
@@ -696,9 +696,7 @@ def run_seed(arguments):
                      arguments.train_fraction, 0, arguments.open_set, arguments.seed,
                      arguments.device)
     check_batch_size(data, arguments)
-    print(f"{data.name}: {len(data.train)} training, {len(data.test)} test images of "
-          f"{data.image_size}x{data.image_size}, {data.classes} classes; seed {arguments.seed}, "
-          f"{arguments.device}")
+    introduce(data, arguments)
     fingerprint = {"data_fingerprint": data.train.fingerprint()}
 
     def record_of(run, folder):
@@ -750,17 +748,12 @@ def controls(data, arguments, record_of):
 
 def main():
     arguments = parse_args()
-    tables = []
-    for seed in arguments.seed:
-        out = arguments.out / f"seed-{seed}" if len(arguments.seed) > 1 else arguments.out
-        tables.append(run_seed(argparse.Namespace(**{**vars(arguments), "seed": seed, "out": out})))
+    tables = [run_seed(run) for run in each_seed(arguments)]
     formats = {"teacher": ".2f", "teacher_1": ".2f", "teacher_2": ".2f", "student_1": ".2f",
                "test": ".2f", "best": ".2f", "rank1": ".1f", "verification": ".1f", "gap": ".3f",
                "paused": ".1f", "switches": ".0f", "expert_run": ".1f", "seconds": ".1f",
                "saved": ".1f", "bound": ".1f"}
-    columns = {name: style for name, style in formats.items()
-               if any(name in row for table in tables for row in table)}
-    print_table(tables, columns, f"SwitOKD on {arguments.dataset}: last-epoch test accuracy (%)")
+    print_table(tables, formats, f"SwitOKD on {arguments.dataset}: last-epoch test accuracy (%)")
 
 
 if __name__ == "__main__":

@@ -64,10 +64,11 @@ import argparse
 from typing import NamedTuple
 
 from common import (
-    F, Record, autocast, base_parser, build_model, check_batch_size, check_plot, compile_network,
-    describe, embeddings, evaluate, evaluating, frozen, load_data, load_file, load_weights, number,
-    open_set_report, parse, print_table, random_states, restore_random_states, run_script,
-    save_weights, sgd, torch, train_network, training_seconds)
+    F, Record, autocast, base_parser, build_model, check_batch_size, check_plot,
+    compile_network, describe, each_seed, embeddings, evaluate, evaluating, frozen, introduce,
+    load_data, load_file, load_weights, number, open_set_report, parse, print_table,
+    random_states, restore_random_states, run_script, save_weights, sgd, torch, train_network,
+    training_seconds)
 
 RECIPE = {"learning_rate": 0.05, "momentum": 0.9, "weight_decay": 5e-4, "batch_size": 64}
 SMALL = {"teacher": "resnet20", "student": "resnet8x0.5", "epochs": 24, **RECIPE}
@@ -473,9 +474,7 @@ def run_seed(arguments):
     data, G = load(arguments), arguments.generations
     # as many updates for every fraction
     arguments.length = E = max(1, round(arguments.epochs / arguments.train_fraction))
-    print(f"{data.name}: {len(data.train)} training, {len(data.test)} test images of "
-          f"{data.image_size}x{data.image_size}, {data.classes} classes; seed {arguments.seed}, "
-          f"{arguments.device}")
+    introduce(data, arguments)
     fingerprint = {"data_fingerprint": data.train.fingerprint()}
 
     def record_of(run, folder):
@@ -541,11 +540,11 @@ def main():
     arguments = parse_args()
     fractions, tables, runs = list(dict.fromkeys(arguments.train_fraction)), [], []
     study = len(fractions) > 1
-    for seed in dict.fromkeys(arguments.seed):
-        out = arguments.out / f"seed-{seed}" if len(arguments.seed) > 1 else arguments.out
+    for run in each_seed(arguments):
         runs.append([argparse.Namespace(**{
-            **vars(arguments), "seed": seed, "train_fraction": fraction, "study": study,
-            "out": out / f"fraction-{fraction:g}" if study else out}) for fraction in fractions])
+            **vars(run), "train_fraction": fraction, "study": study,
+            "out": run.out / f"fraction-{fraction:g}" if study else run.out})
+            for fraction in fractions])
     for run in runs[0] if study else ():
         load(run)  # what is wrong with any fraction shows before the first training
     for of_one_seed in runs:
@@ -554,9 +553,7 @@ def main():
                "s_gap": ".2f", "t_gap": ".2f", "rank1": ".1f", "verification": ".1f",
                "t_rank1": ".1f", "t_verification": ".1f", "epochs": ".0f", "t_epochs": ".0f",
                "seconds": ".0f"}
-    columns = {name: style for name, style in formats.items()
-               if any(name in row for table in tables for row in table)}
-    print_table(tables, columns, f"TriKD on {arguments.dataset}: last-epoch test accuracy (%)")
+    print_table(tables, formats, f"TriKD on {arguments.dataset}: last-epoch test accuracy (%)")
 
 
 if __name__ == "__main__":

@@ -79,10 +79,10 @@ from pathlib import Path
 
 from common import (
     F, InputError, Record, autocast, base_parser, build_model, check_batch_size, check_plot,
-    compile_network, describe, embeddings, evaluate, evaluating, frozen, load_data, load_file,
-    load_weights, make_folder, nn, number, open_set_report, parse, print_table, random_states,
-    restore_random_states, run_script, save_file, save_weights, sgd, torch, train_network,
-    training_seconds)
+    compile_network, describe, each_seed, embeddings, evaluate, evaluating, introduce,
+    load_data, load_file, load_frozen, load_weights, make_folder, nn, number, open_set_report,
+    parse, print_table, random_states, restore_random_states, run_script, save_file,
+    save_weights, sgd, torch, train_network, training_seconds)
 
 RECIPE = {"learning_rate": 0.05, "momentum": 0.9, "weight_decay": 5e-4, "batch_size": 64}
 SMALL = {"teacher": "resnet20", "student": "resnet8x0.5", "epochs": 8, "fit_steps": 500,
@@ -826,9 +826,7 @@ def run_seed(arguments):
         arguments.dataset, arguments.data, arguments.image_size, arguments.train_fraction,
         0, arguments.open_set, arguments.seed, arguments.device)
     check_batch_size(data, arguments)
-    print(f"{data.name}: {len(data.train)} training, {len(data.test)} test images of "
-          f"{data.image_size}x{data.image_size}, {data.classes} classes; seed {arguments.seed}, "
-          f"{arguments.device}")
+    introduce(data, arguments)
     E, N = arguments.epochs, len(data.train)
     rates = learning_rates(arguments.learning_rate, E, arguments.drops)
     fingerprint = {"data_fingerprint": data.train.fingerprint()}
@@ -849,8 +847,7 @@ def run_seed(arguments):
         return kept[E]
 
     if arguments.teacher_weights:
-        network = build_model(arguments.teacher, data.classes, data.image_size)
-        teacher = frozen(load_weights(network, arguments.teacher_weights[0])).to(arguments.device)
+        teacher = load_frozen(arguments.teacher, arguments.teacher_weights[0], data, arguments)
         rows.append({"run": "teacher", "test": evaluate(teacher, data.test, arguments)})
     else:
         teacher = alone(arguments.teacher, arguments.seed + 1000, "teacher")
@@ -878,18 +875,14 @@ def run_seed(arguments):
 
 def main():
     arguments = parse_args()
-    tables = []
-    for seed in dict.fromkeys(arguments.seed):
-        out = arguments.out / f"seed-{seed}" if len(arguments.seed) > 1 else arguments.out
-        tables.append(run_seed(argparse.Namespace(**{**vars(arguments), "seed": seed, "out": out})))
+    tables = [run_seed(run) for run in each_seed(arguments)]
     formats = {"test": ".2f", "T_before": ".3f", "S_before": ".3f", "T_after": ".3f",
                "S_after": ".3f", "T_end": ".3f", "S_end": ".3f", "rank1": ".1f",
                "verification": ".1f", "epochs": ".0f", "k images": ".1f", "k searched": ".1f",
                "fit": ".0f", "seconds": ".0f"}
-    columns = {name: style for name, style in formats.items()
-               if any(name in row for table in tables for row in table)}
-    print_table(tables, columns, f"TST on {arguments.dataset}: last-epoch test accuracy (%)")
-    if "T_end" in columns:
+    shown = print_table(
+        tables, formats, f"TST on {arguments.dataset}: last-epoch test accuracy (%)")
+    if "T_end" in shown:
         print("T, S: mean true-class probability of teacher and student on augmented test images, "
               "before\nand after the last search, and at the end by the run's own theta; k: "
               "thousands of images;\nfit: seconds of the fit of Stage I, not in `seconds`")

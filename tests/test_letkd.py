@@ -255,6 +255,21 @@ def test_one_sub_class_per_class_is_the_label():
     assert rows_of(found) == pytest.approx(np.array([[0.9, 0.1]] * 2 + [[0.2, 0.8]] * 2))
 
 
+def test_targets_and_the_controls_teacher_get_no_gradient():
+    """Whatever comes in: no graph leads to features, words, table or the teacher's logits."""
+    def grad(values):
+        return torch.tensor(np.asarray(values, float), requires_grad=True)
+    z = grid(Z).requires_grad_()
+    assert not letkd.word_targets(z, grad(WORDS)).requires_grad
+    loose = decisions_of_the_spec()._replace(table=grad(TABLE))
+    assert not letkd.decision_targets(z, torch.tensor([0, 1]), loose).requires_grad
+    student, teacher = grad([[1, 0.5, -1]]), grad([[0, 1, 0]])
+    letkd.kd_loss(student, teacher).backward()
+    assert teacher.grad is None
+    wanted = 4 * (softmax(student.detach().numpy() / 4) - softmax(teacher.detach().numpy() / 4))
+    assert student.grad.numpy() == pytest.approx(wanted)
+
+
 def test_template_loss_goldens():
     scores = grid(SCORES).requires_grad_()
     value = letkd.template_loss(scores, grid(P_T))

@@ -647,3 +647,19 @@ def test_a_result_without_arguments_is_damaged(tmp_path):
 def test_no_control_is_trained_twice(run, tmp_path):
     table = run(tmp_path, "--strategy", "kd", "--anchors", 1, "--compare")
     assert "±" not in table and list(final_table(table)) == ["teacher", "student alone", "kd"]
+
+
+def test_table_leaves_out_what_no_run_has_and_seeds_come_once(capsys):
+    """Mean and standard deviation (n - 1) by hand; "-" where a run has no value."""
+    rows = [[{"run": "a", "test": 1.0}, {"run": "b", "test": 5.0, "kl": 0.5}],
+            [{"run": "a", "test": 4.0}, {"run": "b", "test": 5.0, "kl": 1.5}]]
+    shown = common.print_table(rows, {"test": ".2f", "rank1": ".1f", "kl": ".1f"}, "T")
+    out = capsys.readouterr().out
+    assert shown == ["test", "kl"] and "rank1" not in out and "of 2 seeds" in out
+    assert "2.50 ± 2.12" in out and "1.0 ± 0.7" in out and "5.00 ± 0.00" in out
+    assert out.splitlines()[3].split()[-1] == "-"
+    runs = common.each_seed(SimpleNamespace(seed=[3, 5, 3], out=Path("x"), epochs=2))
+    assert [(run.seed, str(run.out), run.epochs) for run in runs] == [
+        (3, "x/seed-3", 2), (5, "x/seed-5", 2)]
+    (run,) = common.each_seed(SimpleNamespace(seed=[4], out=Path("x")))
+    assert (run.seed, str(run.out)) == (4, "x")
