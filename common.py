@@ -624,7 +624,24 @@ class Network(nn.Module):
         return self.forward_head(self.forward_features(x))  # (B,C) logits
 
 
+class Conv1x1(nn.Conv2d):
+    """A 1x1 convolution that takes every `stride`-th pixel itself and then has stride 1.
+
+    The same function, but for oneDNN, whose backward of a strided one with few input channels
+    writes past its buffer (uxlfoundation/oneDNN issue 6035): wrong gradients, a crash or a hang.
+    """
+
+    def __init__(self, inputs, outputs, stride=1, bias=False):
+        super().__init__(inputs, outputs, 1, stride, bias=bias)
+
+    def forward(self, x):
+        rows, columns = self.stride
+        return F.conv2d(x[:, :, ::rows, ::columns], self.weight, self.bias)
+
+
 def conv_bn(inputs, outputs, kernel=3, stride=1, groups=1, bias=False):
+    if kernel == 1:
+        return [Conv1x1(inputs, outputs, stride, bias), nn.BatchNorm2d(outputs)]
     return [nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=bias),
             nn.BatchNorm2d(outputs)]
 
@@ -653,7 +670,7 @@ class WideBlock(nn.Module):
                                   nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False))
         self.shortcut = None
         if inputs != outputs:
-            self.shortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+            self.shortcut = Conv1x1(inputs, outputs, stride)
 
     def forward(self, x):
         active = self.norm(x)
@@ -680,10 +697,11 @@ def _resnet_plan(name):
     """`resnetD` or `resnetDxW` -> (blocks a stage, stem width, stage widths); None: no such name.
 
     W multiplies the widths 16, 32, 64; the stem keeps at most 32 channels, as in the field's
-    resnet8x4. This project's small student is resnet8x0.5: stem 8, stages 8, 16, 32.
+    resnet8x4. This project's small student is resnet8x0.5: stem 8, stages 8, 16, 32. The smallest
+    W is 0.25: a stem of 4 channels, one for each colour and one to spare.
     """
     match = re.fullmatch(r"resnet(8|14|20|32|44|56|110)(?:x(\d+(?:\.\d+)?))?", str(name))
-    if not match or not 0.5 <= float(match[2] or 1) <= 16:  # under 8 channels oneDNN fails
+    if not match or not 0.25 <= float(match[2] or 1) <= 16:
         return None
     depth, factor = int(match[1]), float(match[2] or 1)
     widths = [round(base * factor) for base in (16, 32, 64)]

@@ -7,6 +7,7 @@ ready tensors. Both take turns; the median of their ratios is printed.
 """
 
 import argparse
+import platform
 import statistics
 import sys
 import tempfile
@@ -313,12 +314,23 @@ def tst_row(device, precision, teacher, student, size, batch, steps, stage):
     return 1000 * mine / len(ready), 1000 * least / len(ready), ratio
 
 
+def processor():
+    """The processor's name, as the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(": ")[1] for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration, IndexError):
+        return platform.processor() or platform.machine()
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(parser.parse_args().device)
     cuda = device.type == "cuda"
-    name = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name() if cuda else (
+        f"{processor()}, {torch.backends.cpu.get_cpu_capability()}, "
+        f"{torch.get_num_threads()} threads")
     print(f"torch {torch.__version__}, {name}\n")
     mine, theirs, ratio = loader_row(device)
     print("loader, 32x32, batch 64, crop and flip    images/s")

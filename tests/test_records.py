@@ -626,7 +626,7 @@ def test_a_teacher_of_ones_own(run, tmp_path):
     run(tmp_path / "run", *flags, "--resume")
 
 
-@pytest.mark.parametrize("name", ["resnet8xnan", "resnet8xinf", "resnet8x0.25", "resnet9", "vgg16"])
+@pytest.mark.parametrize("name", ["resnet8xnan", "resnet8xinf", "resnet8x0.2", "resnet9", "vgg16"])
 def test_networks_that_do_not_exist_are_refused(name, capsys):
     with pytest.raises(SystemExit, match="2"):
         rco.parse_args(["--student", name])
