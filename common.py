@@ -1,10 +1,10 @@
-"""Data, models, evaluation and run records for the five distillation scripts. No method lives here.
+"""Data, models, evaluation and the training loop's frame for the five scripts. No method is here.
 
 B images in a batch, C classes, D features, H x W pixels. Images rest as uint8 (N,3,H,W) on the
 device and are augmented a batch at a time. Every network shows its parts (`stem`, `stages`, `neck`,
 `head`), so that a method can put a layer between two of them. Everything random comes from torch
 generators seeded by `--seed`. The blocks of this file:
-1. flags   2. data   3. models   4. evaluation   5. records   6. training one network, cached
+1. flags   2. data   3. models   4. evaluation   5. runs   6. controls and their table
 """
 
 from __future__ import annotations
@@ -17,29 +17,20 @@ import hashlib
 import json
 import math
 import os
-import pickle
 import platform
 import re
 import subprocess
 import sys
-import tarfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
-
-HERE = Path(__file__).resolve().parent
-if {"-h", "--help"} & set(sys.argv[1:]) and Path(sys.argv[0]).resolve().parent == HERE:
-    # `python rco.py --help` needs the flags alone, not the two seconds that importing torch takes.
-    torch, nn, F = None, SimpleNamespace(Module=object), None
-else:
-    import torch
-    import torch.nn.functional as F
-    from torch import nn
+import torch
+import torch.nn.functional as F
+from torch import nn
 
 DATASETS = ("shapes", "fashionmnist", "cifar10", "cifar100", "tinyimagenet", "imagenet", "folder")
 
@@ -71,13 +62,12 @@ def number(kind, low, high=math.inf, low_allowed=True):
     return convert
 
 
-def base_parser(description, defaults, online=False, networks=None, fractions=None):
+def base_parser(description, defaults, online=False, networks=None):
     """The flags all scripts share.
 
     `defaults`: {data set: {flag: value}}, or a function of the arguments that gives {flag: value};
     `parse` applies them. `online`: teachers start from scratch, there is no --teacher-weights.
-    `networks`: nargs of --teacher and --student, `fractions` of --train-fraction, for scripts that
-    take several.
+    `networks`: nargs of --teacher and --student for scripts that take several.
     """
     parser = Parser(description=description)
     parser.chosen_defaults = defaults
@@ -88,8 +78,7 @@ def base_parser(description, defaults, online=False, networks=None, fractions=No
     add("--data", type=Path, metavar="DIR", help="where its files lie or go (default: data)")
     add("--image-size", type=number(int, 8, 1024), metavar="PX",
         help="side of the images, for shapes, folder, tinyimagenet and imagenet")
-    add("--train-fraction", type=number(float, 0, 1, False), nargs=fractions, metavar="F",
-        default=[1.0] if fractions else 1.0,
+    add("--train-fraction", type=number(float, 0, 1, False), metavar="F", default=1.0,
         help="share of every class's training images to use (default: 1)")
     add("--open-set", type=number(int, 0), default=0, metavar="K",
         help="keep the last K classes out of training, test recognition on them (default: 0)")
@@ -109,7 +98,8 @@ def base_parser(description, defaults, online=False, networks=None, fractions=No
              "and standard deviation")
     add = parser.add_argument_group("machine and records").add_argument
     add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="default: auto")
-    add("--precision", default="fp32", choices=("fp32", "bf16"), help="bf16 is autocast")
+    add("--precision", default="fp32", choices=("fp32", "bf16"),
+        help="bf16 is autocast; fp32 on a GPU leaves convolutions to TF32, torch's default")
     add("--compile", action="store_true", help="torch.compile the networks that learn")
     add("--out", type=Path, metavar="DIR", help="folder of the records (default: runs/...)")
     add("--cache", type=Path, default=Path("runs/cache"), metavar="DIR",
@@ -122,7 +112,7 @@ def parse(parser, argv=None):
     """Parse, fill in the data set's defaults, choose the device; bad input ends here, exit 2."""
     arguments = parser.parse_args(argv)
     if arguments.out is None:  # a folder named after the flags typed, so that runs do not collide
-        silent = {"dataset", "data", "out", "cache", "device", "resume", "plot"}
+        silent = {"dataset", "data", "out", "cache", "device", "resume"}
         typed = [f"{flag}-{value}" for flag, value in vars(arguments).items()
                  if flag not in silent and value != parser.get_default(flag)]
         name = "-".join([Path(parser.prog).stem, arguments.dataset, *typed])
@@ -143,24 +133,6 @@ def parse(parser, argv=None):
         parser.error(f"--device {arguments.device}: torch sees no such device; try --device cpu")
     arguments.device = torch.device(arguments.device)
     return arguments
-
-
-def check_plot(parser, arguments):
-    """Refuse --plot now, not after the training, where matplotlib is missing."""
-    if arguments.plot:
-        try:
-            import matplotlib  # noqa: F401
-        except ImportError:
-            parser.error("--plot needs matplotlib: pip install matplotlib")
-
-
-def each_seed(arguments):
-    """The arguments of every seed's run, once each; several seeds go to --out/seed-S."""
-    seeds = list(dict.fromkeys(arguments.seed))
-    return [argparse.Namespace(**{
-        **vars(arguments), "seed": seed,
-        "out": arguments.out / f"seed-{seed}" if len(seeds) > 1 else arguments.out})
-        for seed in seeds]
 
 
 def run_script(main):
@@ -274,7 +246,8 @@ class StreamedSplit:
             torch.manual_seed(seed or 0)
             return transform(_open_image(self.paths[index])), int(self.labels[index])
 
-    def _load(self, items, batch_size):
+    def batches(self, batch_size=250, items=None):
+        items = items or [(index, None) for index in range(len(self))]
         loader = torch.utils.data.DataLoader(
             self, batch_sampler=[items[where] for where in batch_slices(len(items), batch_size)],
             num_workers=min(16, os.cpu_count() or 1), generator=torch.Generator(),
@@ -283,13 +256,10 @@ class StreamedSplit:
             yield (images.to(self.device, non_blocking=True),
                    labels.to(self.device, non_blocking=True))
 
-    def batches(self, batch_size=250):
-        return self._load([(index, None) for index in range(len(self))], batch_size)
-
     def augmented(self, batch_size, generator):
         order = torch.randperm(len(self), generator=generator).tolist()
         seeds = torch.randint(1, 2**62, (len(self),), generator=generator).tolist()
-        return self._load(list(zip(order, seeds)), batch_size)
+        return self.batches(batch_size, list(zip(order, seeds)))
 
     def fingerprint(self):
         names = [f"{path.parent.name}/{path.name}" for path in self.paths]
@@ -318,10 +288,6 @@ def make_shapes(count, image_size=16, seed=0):
     angle) in the shape's own axes lies inside where radius < R(angle). The same seed gives the
     same images. Returns images (N,3,S,S) uint8, labels (N,) int64, masks (N,S,S) bool (the
     silhouette; the hole of a hollow shape belongs to it).
-
-    Room to teach, measured with rco.py's default pair and budget (resnet14, resnet8x0.5, 8 epochs),
-    mean ± standard deviation of 5 seeds: teacher 64.4 ± 4.0 %, student alone 44.7 ± 4.5 %, plain KD
-    45.5 ± 8.7 %: 20 points of gap; that KD is ahead is true of the mean, well inside the spread.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -375,35 +341,64 @@ def stratified(labels, fraction, generator):
     return torch.cat(chosen).sort().values
 
 
-def load_data(name, folder=None, image_size=None, train_fraction=1.0, validation=0.0, open_set=0,
-              seed=0, device="cpu"):
-    """Load a data set of DATASETS as `Data`.
+def load_data(arguments, validation=0.0):
+    """The data set that the flags name, as `Data`; prints what it is.
 
-    `train_fraction` keeps that share of each class; then the share `validation` (at most about
-    10,000 images) is held out of it; both are drawn by `seed`. `open_set` = K keeps the last K
+    --train-fraction keeps that share of each class; then the share `validation` (at most about
+    10,000 images) is held out of it; both are drawn by --seed. --open-set K keeps the last K
     classes out of all parts but `unseen`, and out of the class count. A folder without a test part
-    is split 80/20 per class by `seed`, and all images of its K unseen classes are `unseen`.
+    is split 80/20 per class by the seed, and all images of its K unseen classes are `unseen`.
     Raises InputError when files are missing, empty or damaged.
     """
-    folder, device = Path(folder or "data"), torch.device(device)
-    if image_size and name in ("fashionmnist", "cifar10", "cifar100"):
+    name, size, known, parts = _split(arguments, validation)
+    if name != "imagenet" and isinstance(parts[0][0], list):
+        parts = [(_decode(paths, size), labels) for paths, labels in parts]
+    if name in CHANNEL_STATISTICS:
+        mean, std = (torch.tensor(value) for value in CHANNEL_STATISTICS[name])
+    else:
+        images = parts[0][0]
+        sample = images[:: max(1, len(images) // 5000)].float() / 255
+        mean, std = sample.mean((0, 2, 3)), sample.std((0, 2, 3)).clamp_min(1e-3)
+    statistics = mean.view(3, 1, 1), std.view(3, 1, 1)
+    if name == "imagenet":
+        parts = [StreamedSplit(paths, labels, size, *statistics, arguments.device)
+                 for paths, labels in parts]
+    else:
+        parts = [Split(*(value.contiguous().to(arguments.device)
+                         for value in (*part, *statistics))) for part in parts]
+    train, held, test, unseen = parts
+    if arguments.open_set:
+        verification_pairs(unseen.labels)  # too few images: say so now, not after the training
+    if arguments.batch_size > len(train):
+        raise InputError(f"--batch-size {arguments.batch_size}: there are only {len(train)} "
+                         f"training images at --train-fraction {arguments.train_fraction:g}")
+    held_out = f"{len(held)} held-out, " if len(held) else ""
+    print(f"{name}: {len(train)} training, {held_out}{len(test)} test images of {size}x{size}, "
+          f"{known} classes; seed {arguments.seed}, {arguments.device}")
+    return Data(name, train, held, test, unseen if arguments.open_set else None, known, size,
+                tuple(mean.tolist()), tuple(std.tolist()))
+
+
+def _split(arguments, validation):
+    """(name, image size, classes but the unseen, [train, held out, test, unseen] as read)."""
+    name, folder = arguments.dataset, arguments.data or Path("data")
+    fixed = {"fashionmnist": 28, "cifar10": 32, "cifar100": 32}
+    if arguments.image_size and name in fixed:
         raise InputError(f"--image-size cannot change {name}, only shapes, folder, *imagenet")
-    size = image_size or {"shapes": 16, "fashionmnist": 28, "tinyimagenet": 64,
-                          "imagenet": 224}.get(name, 32)
+    size = arguments.image_size or fixed.get(name) or {
+        "shapes": 16, "tinyimagenet": 64, "imagenet": 224}.get(name, 32)
     if name == "shapes":
         train, test = make_shapes(SHAPES_TRAIN, size, 0)[:2], make_shapes(SHAPES_TEST, size, 1)[:2]
         classes = 20
     elif name == "fashionmnist":
-        train, test = (_read_fashionmnist(folder, part) for part in ("train", "t10k"))
-        classes = 10
-    elif name in ("cifar10", "cifar100"):
-        train, test, classes = *_read_cifar(folder, name), int(name[5:])
+        train, test, classes = _read_fashionmnist(folder)
     else:
-        train, test, classes = _list_folder(folder)
-    generator, known = torch.Generator().manual_seed(seed), classes - open_set
-    if known < 2 or open_set == 1:
-        raise InputError(f"--open-set {open_set}: keep out 2 classes or more, and leave 2 or more "
-                         f"of the {classes} of {name} to train on")
+        train, test, classes = (_read_cifar if name in fixed else _list_folder)(folder, name)
+    generator = torch.Generator().manual_seed(arguments.seed)
+    known = classes - arguments.open_set
+    if known < 2 or arguments.open_set == 1:
+        raise InputError(f"--open-set {arguments.open_set}: keep out 2 classes or more, and leave "
+                         f"2 or more of the {classes} of {name} to train on")
     if test is None:
         keep = torch.zeros(len(train[1]), dtype=torch.bool)
         keep[stratified(train[1], 0.8, generator)] = True
@@ -411,8 +406,8 @@ def load_data(name, folder=None, image_size=None, train_fraction=1.0, validation
         train, test = _take(train, keep), _take(train, ~keep)
     unseen, test, train = (_take(test, test[1] >= known), _take(test, test[1] < known),
                            _take(train, train[1] < known))
-    if train_fraction < 1:
-        train = _take(train, stratified(train[1], train_fraction, generator))
+    if arguments.train_fraction < 1:
+        train = _take(train, stratified(train[1], arguments.train_fraction, generator))
     held = torch.zeros(len(train[1]), dtype=torch.bool)
     if validation:
         share = min(validation, 10_000 / len(train[1]))
@@ -423,40 +418,7 @@ def load_data(name, folder=None, image_size=None, train_fraction=1.0, validation
         if missing:
             raise InputError(f"{name}: class {min(missing)} has no image left to {purpose}; it "
                              "needs more images, or a larger --train-fraction")
-    parts = [train, held, test, unseen]
-    if name != "imagenet" and isinstance(train[0], list):
-        parts = [(_decode(paths, size), labels) for paths, labels in parts]
-    if name in CHANNEL_STATISTICS:
-        mean, std = (torch.tensor(value) for value in CHANNEL_STATISTICS[name])
-    else:
-        sample = parts[0][0][:: max(1, len(parts[0][0]) // 5000)].float() / 255
-        mean, std = sample.mean((0, 2, 3)), sample.std((0, 2, 3)).clamp_min(1e-3)
-    statistics = mean.view(3, 1, 1), std.view(3, 1, 1)
-    if name == "imagenet":
-        parts = [StreamedSplit(paths, labels, size, *statistics, device) for paths, labels in parts]
-    else:
-        parts = [Split(*(value.contiguous().to(device) for value in (*part, *statistics)))
-                 for part in parts]
-    train, held, test, unseen = parts
-    if open_set:
-        verification_pairs(unseen.labels)  # too few images: say so now, not after the training
-    return Data(name, train, held, test, unseen if open_set else None, known, size,
-                tuple(mean.tolist()), tuple(std.tolist()))
-
-
-def introduce(data, arguments):
-    """Say what is trained on, before anything long."""
-    held = f"{len(data.validation)} held-out, " if len(data.validation) else ""
-    print(f"{data.name}: {len(data.train)} training, {held}{len(data.test)} test images of "
-          f"{data.image_size}x{data.image_size}, {data.classes} classes; seed {arguments.seed}, "
-          f"{arguments.device}")
-
-
-def check_batch_size(data, arguments):
-    """InputError, before anything is written, where one batch would be more than all images."""
-    if arguments.batch_size > len(data.train):
-        raise InputError(f"--batch-size {arguments.batch_size}: there are only {len(data.train)} "
-                         f"training images at --train-fraction {arguments.train_fraction:g}")
+    return name, size, known, [train, held, test, unseen]
 
 
 def _take(part, where):
@@ -468,64 +430,68 @@ def _take(part, where):
     return images[where], labels[where]
 
 
-def _download(name, folder, files):
-    from torchvision import datasets
-    print(f"{name}: not in {folder}, downloading it there")
-    kind = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "fashionmnist": "FashionMNIST"}[name]
-    try:
-        getattr(datasets, kind)(folder, download=True)
-    except Exception as error:  # urllib, sockets, checksums and file systems: each has its own
-        raise InputError(f"{name} could not be downloaded ({error}); put {files} into {folder}, "
-                         "or name their folder with --data") from None
-
-
 def _read_cifar(folder, name):
-    inner, train_files, test_file, key = {
-        "cifar10": ("cifar-10-batches-py", [f"data_batch_{i}" for i in range(1, 6)], "test_batch",
-                    b"labels"),
-        "cifar100": ("cifar-100-python", ["train"], "test", b"fine_labels")}[name]
-    archive = folder / f"cifar-{name[5:]}-python.tar.gz"
-    if not (folder / inner).is_dir() and not archive.exists():
-        _download(name, folder, archive.name)
-
-    def read(names):
-        files = [(folder / inner / file).read_bytes() for file in names]
-        batches = [pickle.loads(file, encoding="bytes") for file in files]
-        pixels = np.concatenate([batch[b"data"] for batch in batches]).reshape(-1, 3, 32, 32)
-        labels = torch.tensor([label for batch in batches for label in batch[key]])
-        if len(pixels) != len(labels) or labels.max() >= int(name[5:]) or labels.min() < 0:
-            raise ValueError("images and labels do not belong together")
-        return torch.from_numpy(pixels), labels
-
+    """(train, test, classes) by torchvision, which checks every file's md5 before it unpickles."""
+    from torchvision import datasets
+    kind = getattr(datasets, name.upper())
+    root = folder.parent if folder.name == kind.base_folder else folder
+    archive, unpacked = root / kind.filename, (root / kind.base_folder).is_dir()
     try:
-        if not (folder / inner).is_dir():
-            with tarfile.open(archive) as tar:
-                tar.extractall(folder, filter="data")
-        return read(train_files), read([test_file])
-    except Exception as error:  # a damaged pickle or archive can raise almost anything
-        raise InputError(f"the files of {name} in {folder} are damaged or incomplete ({error}); "
-                         f"remove {folder / inner} and get {archive.name} again") from None
+        if archive.exists() and not unpacked:
+            datasets.utils.extract_archive(_whole(archive, kind.tgz_md5), root)
+        elif not unpacked:
+            print(f"{name}: not in {folder}, downloading it there")
+        parts = [kind(root, train, download=not unpacked) for train in (True, False)]
+    except Exception as error:  # urllib, sockets, checksums, pickles: each has its own
+        if unpacked or archive.exists():
+            raise InputError(f"the files of {name} in {folder} are damaged or incomplete ({error});"
+                             f" remove {kind.base_folder} there and get {kind.filename} again"
+                             ) from None
+        raise InputError(f"{name} could not be downloaded ({error}); put {kind.filename} into "
+                         f"{folder}, or name its folder with --data") from None
+    train, test = ((torch.from_numpy(part.data).movedim(3, 1), torch.tensor(part.targets))
+                   for part in parts)  # (N,3,32,32) uint8, (N,)
+    return train, test, int(name[5:])
 
 
-def _read_fashionmnist(folder, part):
-    names = [f"{part}-images-idx3-ubyte.gz", f"{part}-labels-idx1-ubyte.gz"]
+def _whole(path, md5):
+    from torchvision.datasets.utils import check_integrity
+    if not check_integrity(path, md5):
+        raise ValueError(f"the md5 of {path.name} is not {md5}")
+    return path
+
+
+def _read_fashionmnist(folder):
+    names = {part: [f"{part}-images-idx3-ubyte.gz", f"{part}-labels-idx1-ubyte.gz"]
+             for part in ("train", "t10k")}
     places = [folder, folder / "FashionMNIST/raw", Path("/usr/share/datasets/fashion-mnist")]
-    if not any((place / names[0]).exists() for place in places):
-        _download("fashionmnist", folder, f"{' and '.join(names)} (and the other two)")
-    place = next(place for place in places if (place / names[0]).exists())
-    try:
-        raw = [gzip.decompress((place / name).read_bytes()) for name in names]
-        pixels = np.frombuffer(raw[0], np.uint8, offset=16).reshape(-1, 1, 28, 28)
-        labels = np.frombuffer(raw[1], np.uint8, offset=8).astype(np.int64)
-        if len(pixels) != len(labels) or labels.max() > 9:
-            raise ValueError("images and labels do not belong together")
-    except Exception as error:  # gzip, zlib and numpy each have their own errors
-        raise InputError(f"{' or '.join(names)} in {place} is damaged or missing ({error}); get "
-                         "it again") from None
-    return torch.from_numpy(pixels.copy()).expand(-1, 3, -1, -1), torch.from_numpy(labels)
+    if not any((place / names["train"][0]).exists() for place in places):
+        from torchvision import datasets
+        print(f"fashionmnist: not in {folder}, downloading it there")
+        try:
+            datasets.FashionMNIST(folder, download=True)
+        except Exception as error:  # urllib, sockets and checksums: each has its own
+            raise InputError(f"fashionmnist could not be downloaded ({error}); put "
+                             f"{', '.join(sum(names.values(), []))} into {folder}, or name their "
+                             "folder with --data") from None
+    place = next(place for place in places if (place / names["train"][0]).exists())
+    parts = []
+    for images, labels in names.values():
+        try:
+            raw = [gzip.decompress((place / name).read_bytes()) for name in (images, labels)]
+            pixels = np.frombuffer(raw[0], np.uint8, offset=16).reshape(-1, 1, 28, 28)
+            classes = np.frombuffer(raw[1], np.uint8, offset=8).astype(np.int64)
+            if len(pixels) != len(classes) or classes.max() > 9:
+                raise ValueError("images and labels do not belong together")
+        except Exception as error:  # gzip, zlib and numpy each have their own errors
+            raise InputError(f"{images} or {labels} in {place} is damaged or missing ({error}); "
+                             "get it again") from None
+        parts.append((torch.from_numpy(pixels.copy()).expand(-1, 3, -1, -1),
+                      torch.from_numpy(classes)))
+    return *parts, 10
 
 
-def _list_folder(folder):
+def _list_folder(folder, name):
     """(train, test, classes), parts as (paths, labels): DIR/train/CLASS/* and DIR/val (or test),
     or DIR/CLASS/*, where test is None."""
     if not folder.is_dir():
@@ -731,7 +697,9 @@ def build_model(name, classes, image_size=32, seed=0):
     try:
         with evaluating(network):
             network(torch.zeros(1, 3, image_size, image_size))
-    except RuntimeError:
+    except RuntimeError as error:
+        if "too small" not in str(error):
+            raise
         raise InputError(f"{name} cannot take images of {image_size}x{image_size}; choose another "
                          "network or --image-size") from None
     return network
@@ -807,7 +775,9 @@ def frozen(network):
     (A bare state_dict() holds references to the weights that go on training.)
     """
     twin = copy.deepcopy(network).eval().requires_grad_(False)
-    twin.__dict__.pop("forward_features", None)  # a compiled one would run the original's weights
+    for module in twin.modules():  # a compiled or wrapped method would run the original's weights
+        for method in ("forward", "forward_features"):
+            module.__dict__.pop(method, None)
     return twin
 
 
@@ -836,16 +806,16 @@ def autocast(arguments):
 
 @contextmanager
 def evaluating(*networks):
-    """Networks in eval mode, no gradients; each gets its own mode back afterwards."""
-    modes = [network.training for network in networks]
+    """Networks in eval mode, no gradients; each module gets its own mode back afterwards."""
+    modes = {module: module.training for network in networks for module in network.modules()}
     try:
         for network in networks:
             network.eval()
         with torch.no_grad():
             yield
     finally:
-        for network, mode in zip(networks, modes):
-            network.train(mode)
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def evaluate(network, split, arguments, forward=None):
@@ -940,7 +910,13 @@ def open_set_report(vectors, labels, seed=0):
     return {"rank1": 100 * rank_1(vectors, labels), "verification": 10 * sum(scores)}
 
 
-# --------------------------------------------------------------------------------------- 5. records
+def recognition(network, data, arguments, forward=None):
+    """`open_set_report` on the unseen classes of `data`; {} where none were kept out."""
+    found = embeddings(network, data.unseen, arguments, forward) if data.unseen else ()
+    return open_set_report(*found) if found else {}
+
+
+# ------------------------------------------------------------------------------------------ 5. runs
 FORMATS = {"lr": ".5f", "train": ".2f", "test": ".2f", "img/s": ".0f", "s": ".1f"}
 
 
@@ -954,20 +930,6 @@ def save_file(value, path):
     os.replace(partial, path)
 
 
-def make_folder(folder, flag):
-    """Create `folder` where it is missing; InputError naming `flag` where that cannot be."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{flag} {folder} cannot be written ({error.strerror}); choose another "
-                         "folder") from None
-
-
-def save_weights(state, path):
-    """A state dict as plain CPU tensors, which loads without this project."""
-    save_file({name: value.detach().cpu() for name, value in state.items()}, path)
-
-
 def load_file(path):
     """torch.load with weights_only; InputError when missing, truncated or something else."""
     try:
@@ -979,220 +941,331 @@ def load_file(path):
                          "it or name another") from None
 
 
-def random_states(generator):
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"loader": generator.get_state(), "torch": torch.get_rng_state(), "cuda": cuda}
+class Mean:
+    """What an epoch's batches average to: loss terms, training accuracy, images a second."""
 
+    def __init__(self):
+        self.sums, self.images, self.batches, self.correct = {}, 0, 0, None
+        self.start = self.shown = time.time()
 
-def restore_random_states(states, generator):
-    generator.set_state(states["loader"])
-    torch.set_rng_state(states["torch"])
-    if torch.cuda.is_available() and states["cuda"]:
-        torch.cuda.set_rng_state_all(states["cuda"])
+    def add(self, terms, logits, labels):
+        """A batch: {name: 0-dim tensor or float, None where it has none}; logits (B,C) or None.
 
+        On a terminal the means so far are shown once a second. A term that is not finite stops the
+        run within 50 batches: to read every one would make a GPU wait.
+        """
+        B = len(labels)
+        for name, value in terms.items():
+            total, count = self.sums.get(name, (0.0, 0))
+            if value is not None:
+                value = value.detach().float() if isinstance(value, torch.Tensor) else value
+                total, count = total + value * B, count + B
+            self.sums[name] = total, count
+        if logits is not None:
+            self.correct = (self.correct or 0) + (logits.detach().argmax(1) == labels).sum()
+        self.images, self.batches = self.images + B, self.batches + 1
+        live = sys.stdout.isatty() and time.time() - self.shown > 1
+        if live or self.batches % 50 == 0:
+            means = [f"{name} {value:.4f}" for name, value in self.terms().items() if value]
+        if live:
+            self.shown = time.time()
+            print(f"  step {self.batches} ", *means, end="\033[K\r", flush=True)
 
-def describe(arguments, skip=()):
-    """Every argument that changes the result, as JSON: what a checkpoint must agree with."""
-    skip = {"out", "resume", "cache", "plot", "compare", "data", *skip}
-    return {key: value if isinstance(value, (int, float, str, type(None))) else str(value)
-            for key, value in sorted(vars(arguments).items()) if key not in skip}
+    def terms(self):
+        """{term: its mean over the images that have it, or None}; waits for a GPU."""
+        means = {name: float(total) / count if count else None
+                 for name, (total, count) in self.sums.items()}
+        for name, value in means.items():
+            if not math.isfinite(value or 0):
+                raise InputError(f"the term '{name}' is not finite; lower --learning-rate or its "
+                                 "weight, and choose another --out")
+        return means
 
-
-def environment(device):
-    """Versions, commit and machine."""
-    try:
-        commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=HERE, text=True,
-                                capture_output=True, check=False).stdout.strip()
-    except OSError:  # no git on this machine
-        commit = ""
-    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
-    return {"commit": commit or None, "device": f"{device.type} ({name})",
-            "threads": torch.get_num_threads(),
-            "versions": {"python": platform.python_version(), "torch": torch.__version__}}
+    def row(self):
+        """The terms, "train" accuracy in %, and the seconds ("s") since the first batch."""
+        row = self.terms()
+        if self.correct is not None:
+            row["train"] = 100 * self.correct.item() / self.images
+        seconds = time.time() - self.start
+        return {**row, "img/s": self.images / max(seconds, 1e-9), "s": seconds}
 
 
 class Record:
-    """What a run leaves in `folder`: console rows, log.csv, checkpoint.pt, result.json.
+    """The folder of one training: log.csv, checkpoint.pt, at the end result.json and weights.
 
-    Refuses a folder that holds another run, or this one without `resume`. Afterwards `state` is
-    the last checkpoint of a killed run (else None), `result` a finished run's result (else None).
+        record = Record(folder, settings, resume)
+        record.restore(student=student, optimizer=optimizer, shuffle=generator)
+        while (epoch := len(record.rows)) < E:  # the rows are the position
+            mean = Mean()
+            for images, labels in data.train.augmented(batch_size, generator):
+                mean.add({"ce": loss}, logits, labels)
+            record.close_epoch({**mean.row(), "test": evaluate(student, data.test, ..)}, E)
+        record.finish({"student": student.state_dict()}, measures={..})
+
+    After a kill the loop goes on behind the last closed epoch, with every part as it was then.
+    `state` holds plain values of the script's own, saved likewise; `result` is what a finished run
+    left, else None. A folder of another run, of this one without `resume`, or that another process
+    is writing, is refused; with `wait` that other process is waited for.
     """
 
-    def __init__(self, folder, settings, resume, device):
-        self.folder, self.device = Path(folder), device
-        self.settings = json.loads(json.dumps(settings))  # plain values: weights_only loads them
-        self.rows, self.state, self.result, self.before = [], None, None, 0.0
+    def __init__(self, folder, settings, resume, wait=False):
+        self.folder, self.settings = Path(folder), json.loads(json.dumps(settings))
+        self.parts, self.saved, self.state, self.rows, self.result = {}, {}, {}, [], None
+        finished, checkpoint = self.folder / "result.json", self.folder / "checkpoint.pt"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            save_file("", self.folder / ".writable")
-            (self.folder / ".writable").unlink(missing_ok=True)
+            self.lock = lock(self.folder / ".lock", wait)
         except OSError as error:
             raise InputError(f"--out {folder} cannot be written ({error.strerror}); choose another "
                              "folder") from None
-        finished, checkpoint = self.folder / "result.json", self.folder / "checkpoint.pt"
-        if not resume and (finished.exists() or checkpoint.exists()):
-            kind = "a finished" if finished.exists() else "an unfinished"
-            raise InputError(f"--out {folder} holds {kind} run; add --resume to go on with it, or "
+        self.start = time.time()
+        if not (finished.exists() or checkpoint.exists()):
+            return
+        if not resume:
+            raise InputError(f"--out {folder} holds a run; add --resume to go on with it, or "
                              "choose another --out")
-        if finished.exists():
-            try:
+        try:
+            if finished.exists():
                 self.result = json.loads(finished.read_text())
-                theirs, self.rows = dict(self.result["arguments"]), self.result["rows"]
-                float(self.result["last_test"])
-            except (ValueError, LookupError, TypeError):
-                raise InputError(f"{finished} is damaged; choose another --out") from None
-            self._same(theirs, finished)
-        elif checkpoint.exists():
-            self.state = load_file(checkpoint)
-            whole = {"settings", "rows", "seconds"}
-            if not isinstance(self.state, dict) or whole - set(self.state):
-                raise InputError(f"{checkpoint} is not of this project; choose another --out")
-            self._same(self.state["settings"], checkpoint)
-            self.rows, self.before = self.state["rows"], self.state["seconds"]
-            if "log" in self.state:
-                self._cut_log(self.state["log"])
-        self.begin(0)
+                theirs, self.rows = self.result["arguments"], self.result["rows"]
+            else:
+                self.saved = load_file(checkpoint)
+                theirs, self.rows, self.state = (
+                    self.saved[name] for name in ("settings", "rows", "state"))
+                print(f"{folder}: goes on after epoch {len(self.rows)}")
+            odd = [key for key in self.settings if theirs.get(key) != self.settings[key]]
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise InputError(f"{finished if finished.exists() else checkpoint} is damaged or of "
+                             f"another project ({error}); choose another --out") from None
+        if odd:
+            raise InputError(f"--out {folder} is of another run: {odd[0]} was "
+                             f"{theirs.get(odd[0])}, now {self.settings[odd[0]]}; choose another")
 
-    def _same(self, theirs, path):
-        for key, value in self.settings.items():
-            if theirs.get(key) != value:
-                raise InputError(f"{path} is of another run: {key} was {theirs.get(key)}, now "
-                                 f"{value}; choose another --out")
+    def restore(self, **parts):
+        """Name what a checkpoint holds: networks, optimizers, generators; before the loop, once.
 
-    def begin(self, epochs):
-        """Start the clock of a run of so many epochs (an upper bound will do)."""
-        self.epochs, self.started, self.shown, self.fresh = epochs, time.time(), 0.0, 0
-        self._new_epoch()
-
-    def _new_epoch(self):
-        self.sums, self.counts, self.steps, self.images, self.training = {}, {}, 0, 0, 0.0
-        self.correct, self.classifies = torch.zeros((), dtype=torch.long, device=self.device), False
-
-    @property
-    def seconds(self):
-        return self.before + time.time() - self.started
-
-    def step(self, terms, logits, labels, steps=None):
-        """Add a batch: `terms` maps a loss term's name to its 0-dim tensor; logits (B,C) or None.
-
-        A term may be a float, or None where this batch has none: its mean is over the other
-        images. A term that is not finite stops the run; a tensor on a GPU within 50 steps, since
-        reading it at every step would make the GPU wait.
+        After a kill each gets the state it had when the last epoch was closed.
         """
-        if self.steps == 0:
-            self.tick = time.time()
-        for name, value in terms.items():
-            count = 0 if value is None else len(labels)
-            value = value.detach().float() if isinstance(value, torch.Tensor) else value or 0.0
-            self.sums[name] = self.sums.get(name, 0.0) + value * len(labels)
-            self.counts[name] = self.counts.get(name, 0) + count
-        if logits is not None:
-            self.correct += (logits.detach().argmax(1) == labels).sum()
-            self.classifies = True
-        self.images, self.steps = self.images + len(labels), self.steps + 1
-        here = self.device.type == "cpu" or not any(isinstance(value, torch.Tensor)
-                                                    for value in self.sums.values())
-        if here or self.steps % 50 == 0:
-            self._check_finite()
-            if sys.stdout.isatty() and time.time() - self.shown > 0.5:
-                self.shown = time.time()
-                means = [f"{name} {float(value) / max(1, self.counts[name]):.4f}"
-                         for name, value in self.sums.items()]
-                print(f"  step {self.steps}/{steps or '?'} ", *means, end="\033[K\r", flush=True)
+        self.parts, self.fresh, self.start = parts, len(self.rows), time.time()
+        for name, part in parts.items():
+            if self.saved:
+                load = getattr(part, "set_state", None) or part.load_state_dict
+                load(self.saved["parts"][name])
+        steps = self.folder / "steps.csv"
+        if steps.exists():  # without what a killed run wrote after its last checkpoint
+            os.truncate(steps, self.saved.get("steps", 0))
 
-    def _check_finite(self):
-        for name, value in self.sums.items():
-            if not math.isfinite(float(value)):
-                raise InputError(
-                    f"the loss term '{name}' is not finite (row {len(self.rows) + 1} of the log); "
-                    f"lower --learning-rate or the term's weight, and choose another --out")
+    def close_epoch(self, row, epochs, lines=()):
+        """Print the row, write log.csv, and the checkpoint; `lines` go to steps.csv.
 
-    def trained(self):
-        """The epoch's batches are done: stop its training clock, before anything is evaluated."""
-        self._check_finite()
-        self.training = time.time() - self.tick
-
-    def epoch(self, before, after, state, steps=None):
-        """Finish an epoch: print its row, write log.csv, then the checkpoint with `state`.
-
-        The row is `before`, the mean of each loss term, the training accuracy, `after`, speed.
-        `steps`: rows, a dict for each step of the epoch, for a finer log.csv than a row an epoch.
+        `epochs`: how many the run will have, as far as is known.
         """
-        row = {**before, **{name: float(value) / self.counts[name] if self.counts[name] else None
-                            for name, value in self.sums.items()}}
-        if self.classifies:
-            row["train"] = 100 * self.correct.item() / self.images
-        row |= {**after, "img/s": self.images / max(self.training, 1e-9), "s": self.seconds}
-        self.rows, self.fresh = [*self.rows, row], self.fresh + 1
-        left = (time.time() - self.started) / self.fresh * max(0, self.epochs - len(self.rows))
+        self.rows = [*self.rows, {"epoch": len(self.rows) + 1, **row}]
+        done = len(self.rows) - self.fresh
+        left = (time.time() - self.start) / done * (epochs - len(self.rows))
         cells = {name: "-" if value is None else value if isinstance(value, int)
-                 else format(value, FORMATS.get(name, ".4f")) for name, value in row.items()}
-        cells["left"] = f"{left / 60:.1f}m"
-        if self.fresh == 1:
+                 else format(value, FORMATS.get(name, ".4f"))
+                 for name, value in self.rows[-1].items()} | {"left": f"{left / 60:.1f}m"}
+        if done == 1:
             print("  " + " ".join(f"{name:>9}" for name in cells))
-        clear = "\033[K" if sys.stdout.isatty() else ""
-        print(clear + "  " + " ".join(f"{cell:>9}" for cell in cells.values()), flush=True)
-        state = {**state, "rows": self.rows, "seconds": self.seconds, "settings": self.settings}
-        if steps is None:
-            self.write_log()
-        else:
-            state["log"] = self._append_log(steps)
-        save_file(state, self.folder / "checkpoint.pt")
-        self._new_epoch()
+        print("  " + " ".join(f"{cell:>{max(9, len(name))}}" for name, cell in cells.items())
+              + "\033[K" * sys.stdout.isatty(), flush=True)
+        write_csv(self.rows, self.folder / "log.csv")
+        size = write_csv(lines, self.folder / "steps.csv", "a") if lines else 0
+        state = {name: getattr(part, "get_state", None) or part.state_dict
+                 for name, part in self.parts.items()}
+        save_file({"settings": self.settings, "rows": self.rows, "state": self.state,
+                   "steps": size, "parts": {name: get() for name, get in state.items()}},
+                  self.folder / "checkpoint.pt")
 
-    def write_log(self):
-        names = dict.fromkeys(name for row in self.rows for name in row)
-        partial = self.folder / "log.csv.partial"
-        with open(partial, "w", newline="") as file:
-            writer = csv.DictWriter(file, list(names))
-            writer.writeheader()
-            writer.writerows(self.rows)
-        os.replace(partial, self.folder / "log.csv")
-
-    def _append_log(self, rows):
-        """Add `rows`, dicts of the same keys in the whole run, to log.csv; returns its size."""
-        first = len(self.rows) == 1
-        with open(self.folder / "log.csv", "w" if first else "a", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            if first:
-                writer.writeheader()
-            writer.writerows(rows)
-            return file.tell()
-
-    def _cut_log(self, size):
-        """Drop from a log.csv of steps what a killed run wrote after its last checkpoint."""
-        log = self.folder / "log.csv"
-        if not log.exists() or log.stat().st_size < size:
-            raise InputError(f"{log} is missing or shorter than its checkpoint says; choose "
-                             "another --out")
-        os.truncate(log, size)
-
-    def finish(self, student_state=None, **more):
-        """Write student.pt (a plain state dict) and result.json, remove the checkpoint."""
-        if student_state:
-            save_weights(student_state, self.folder / "student.pt")
-        tests = [-1.0 if row["test"] is None else row["test"] for row in self.rows]  # not tested
+    def finish(self, weights, **found):
+        """Write NAME.pt, plain CPU tensors, for each state dict in `weights`, and result.json."""
+        for name, state in weights.items():
+            save_file({key: value.detach().cpu() for key, value in state.items()},
+                      self.folder / f"{name}.pt")
+        tests = [row["test"] for row in self.rows if row.get("test") is not None]
         self.result = {
-            "arguments": self.settings, "seed": self.settings["seed"], **environment(self.device),
-            "last_test": tests[-1], "best_test": max(tests),
-            "best_row": tests.index(max(tests)) + 1, "seconds": self.seconds,
-            "img/s": sum(row["img/s"] for row in self.rows) / len(self.rows), **more,
+            "arguments": self.settings, **environment(), "last_test": tests[-1],
+            "best_test": max(tests), "seconds": sum(row["s"] for row in self.rows), **found,
             "rows": self.rows}
         save_file(json.dumps(self.result, indent=1), self.folder / "result.json")
         (self.folder / "checkpoint.pt").unlink(missing_ok=True)
-        return self.result
+
+    def table_row(self):
+        """What a finished run shows in the table of all runs."""
+        return {"test": self.result["last_test"], "best": self.result["best_test"],
+                "epochs": len(self.rows), "seconds": self.result["seconds"],
+                **self.result["measures"]}
 
 
-def training_seconds(rows, images):
-    """Seconds of training alone, without evaluation; `images` an epoch, `rows` of a Record."""
-    return sum(images / row["img/s"] for row in rows)
+def lock(path, wait=False):
+    """Hold the open file as long as this process lives; InputError where another one holds it."""
+    file = open(path, "w")
+    try:
+        import fcntl
+    except ImportError:  # Windows: two runs in one folder are not noticed there
+        return file
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        if not wait:
+            raise InputError(f"--out {path.parent} is being written by another process; choose "
+                             "another --out") from None
+        print(f"waiting for another process, which trains {path.parent}")
+        fcntl.lockf(file, fcntl.LOCK_EX)
+    return file
+
+
+def write_csv(rows, path, mode="w"):
+    """Write or append ("a") dicts as lines of a table; returns the size of the file in bytes."""
+    partial = path if mode == "a" else path.with_suffix(".partial")
+    with open(partial, mode, newline="") as file:
+        names = dict.fromkeys(name for row in rows for name in row)
+        writer = csv.DictWriter(file, list(names))
+        if file.tell() == 0:
+            writer.writeheader()
+        writer.writerows(rows)
+        size = file.tell()
+    os.replace(partial, path)
+    return size
+
+
+def environment():
+    """What ran: script, commit, machine and versions."""
+    try:
+        commit = subprocess.run(["git", "describe", "--always", "--dirty"], text=True,
+                                cwd=Path(__file__).resolve().parent, capture_output=True,
+                                check=False).stdout.strip()
+    except OSError:  # no git on this machine
+        commit = ""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"script": Path(sys.argv[0]).stem, "commit": commit or None,
+            "machine": platform.machine(), "gpu": gpu, "threads": torch.get_num_threads(),
+            "python": platform.python_version(), "torch": torch.__version__}
+
+
+def sgd(parameters, arguments):
+    """SGD with the shared flags, by Nesterov's rule where the script's paper has it.
+
+    `fused` makes a step one call, not several for each tensor.
+    """
+    nesterov = arguments.momentum > 0 and getattr(arguments, "nesterov", False)
+    return torch.optim.SGD(parameters, arguments.learning_rate, arguments.momentum,
+                           weight_decay=arguments.weight_decay, nesterov=nesterov, fused=True)
+
+
+def train_network(name, data, learning_rates, arguments, keep=(), seed=0, title="teacher"):
+    """Train a network by plain cross-entropy, one epoch for each entry of `learning_rates`.
+
+    Returns its result (see Record.finish) and {epoch: network} for the last epoch and those in
+    `keep` (counted from 1), frozen, in eval mode, all states of ONE run. Cached under --cache by
+    everything that changes it: data, network, recipe, seed, precision, device, torch, and this
+    file's source. Where a state asked for was not kept, the whole run is trained again.
+    """
+    epochs = len(learning_rates)
+    keep = {*keep, epochs}
+    settings = {
+        "network": name, "classes": data.classes, "image_size": data.image_size, "seed": seed,
+        "train": data.train.fingerprint(), "test": data.test.fingerprint(),
+        "statistics": [*data.mean, *data.std], "rates": list(learning_rates),
+        **{flag: str(getattr(arguments, flag, None)) for flag in (
+            "batch_size", "momentum", "weight_decay", "nesterov", "precision", "compile",
+            "device")},
+        "torch": torch.__version__, "source": hashlib.sha1(Path(__file__).read_bytes()).hexdigest()}
+    key = hashlib.sha1(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+    folder = arguments.cache / f"{data.name}-{name}-{epochs}-{key}"
+    record = Record(folder, settings, True, wait=True)
+    kept = {int(path.stem.removeprefix("epoch-")) for path in folder.glob("epoch-*.pt")}
+    if {epoch for epoch in keep if epoch <= len(record.rows)} - kept:
+        for stale in ("result.json", "checkpoint.pt"):
+            (folder / stale).unlink(missing_ok=True)
+        record.result, record.rows, record.saved = None, [], {}
+
+    def build():
+        return build_model(name, data.classes, data.image_size, seed).to(arguments.device)
+
+    if record.result:
+        print(f"{title}: {name}, trained before, {record.result['last_test']:.2f} % at the end")
+    else:
+        print(f"{title}: training {name} for {epochs} epochs")
+        network, shuffle = build(), torch.Generator().manual_seed(seed)
+        optimizer = sgd(network.parameters(), arguments)
+        record.restore(network=network, optimizer=optimizer, shuffle=shuffle)
+        compile_network(network, arguments)
+        while (epoch := len(record.rows)) < epochs:
+            optimizer.param_groups[0]["lr"] = learning_rates[epoch]
+            mean = Mean()
+            network.train()
+            for images, labels in data.train.augmented(arguments.batch_size, shuffle):
+                with autocast(arguments):
+                    logits = network(images)  # (B,C)
+                loss = F.cross_entropy(logits.float(), labels)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                mean.add({"ce": loss}, logits, labels)
+            if epoch + 1 in keep | kept:
+                save_file(network.state_dict(), folder / f"epoch-{epoch + 1:04}.pt")
+            record.close_epoch({"lr": learning_rates[epoch], **mean.row(),
+                                "test": evaluate(network, data.test, arguments)}, epochs)
+        record.finish({})
+    states = {epoch: load_weights(build(), folder / f"epoch-{epoch:04}.pt")
+              for epoch in sorted(keep)}
+    return record.result, {epoch: frozen(network) for epoch, network in states.items()}
+
+
+# ------------------------------------------------------------------- 6. controls and their table
+def each_seed(arguments):
+    """The arguments of the runs of each --seed; several seeds get folders of their own."""
+    seeds = list(dict.fromkeys(arguments.seed))
+    for seed in seeds:
+        folder = arguments.out / f"seed-{seed}" if len(seeds) > 1 else arguments.out
+        yield argparse.Namespace(**{**vars(arguments), "seed": seed, "out": folder})
+
+
+def planned_runs(arguments, data, name, controls):
+    """Iterate over (name, flags, Record): the chosen run, and with --compare its controls.
+
+    `controls`: {name: (the flags it changes, why)}. The flags may be a function of {name: Record},
+    the runs before it, finished by then; None leaves the control out. A control that repeats an
+    earlier run is left out. InputError, at the call, where the chosen run's folder is in use.
+    """
+    fingerprint, records = data.train.fingerprint(), {}
+
+    def planned(label, changed, why, folder=""):
+        if callable(changed):
+            changed = changed(records)
+        flags = argparse.Namespace(**{**vars(arguments), **(changed or {})})
+        settings = {**describe(flags), "data_fingerprint": fingerprint}
+        if changed is None or settings in [record.settings for record in records.values()]:
+            return []
+        folder = arguments.out / re.sub(r"[^\w.]+", "-", folder)
+        record = records[label] = Record(folder, settings, arguments.resume)
+        if not record.result:
+            print(f"\n{label}: {why}; records in {folder}")
+        return [(label, flags, record)]
+
+    chosen = planned(name, {}, "the chosen run")
+
+    def in_order():
+        yield from chosen
+        for label, (changed, why) in (controls if arguments.compare is not None else {}).items():
+            yield from planned(label, changed, why, label)
+    return in_order()
+
+
+def describe(arguments):
+    """Every argument that changes the result, as JSON: what a checkpoint must agree with."""
+    skip = {"out", "resume", "cache", "compare", "data"}
+    return {key: value if isinstance(value, (int, float, str, type(None))) else str(value)
+            for key, value in sorted(vars(arguments).items()) if key not in skip}
 
 
 def print_table(tables, formats, title):
     """Print one table from `tables`: for each seed a list of dicts with "run" and other keys.
 
     `formats`: {key: format}, the columns in their order; one that no row has is left out. Several
-    seeds: mean ± standard deviation (n - 1). Missing: "-". Returns the columns shown.
+    seeds: mean ± standard deviation (n - 1). Missing: "-".
     """
     columns = {name: style for name, style in formats.items()
                if any(name in row for table in tables for row in table)}
@@ -1211,86 +1284,3 @@ def print_table(tables, formats, title):
     for first, *rest in lines:
         cells = [f"{cell:>{width}}" for cell, width in zip(rest, widths[1:])]
         print(f"  {first:<{widths[0]}}  " + "  ".join(cells), flush=True)
-    return list(columns)
-
-
-# ------------------------------------------------------- 6. training one network, cached on disk
-def sgd(parameters, arguments):
-    """SGD with the shared flags, by Nesterov's rule where the script's paper has it.
-
-    `fused` makes a step one call, not several for each tensor.
-    """
-    nesterov = arguments.momentum > 0 and getattr(arguments, "nesterov", False)
-    return torch.optim.SGD(parameters, arguments.learning_rate, arguments.momentum,
-                           weight_decay=arguments.weight_decay, nesterov=nesterov, fused=True)
-
-
-def train_network(name, data, learning_rates, arguments, keep=(), seed=0, title="teacher"):
-    """Train a network by plain cross-entropy, one epoch for each entry of `learning_rates`.
-
-    Returns its result (see Record.finish) and {epoch: frozen network} for the last epoch and those
-    in `keep` (counted from 1). Cached under --cache by everything that changes the result: data,
-    network, recipe, seed, precision, device, torch, and this file's source. A killed training goes
-    on at its last epoch. Where a state asked for was not kept, the whole run is trained again: the
-    states always come from ONE run.
-    """
-    epochs = len(learning_rates)
-    asked = keep = {*keep, epochs}
-    settings = {
-        "network": name, "classes": data.classes, "image_size": data.image_size, "seed": seed,
-        "train": data.train.fingerprint(), "test": data.test.fingerprint(),
-        "statistics": [*data.mean, *data.std], "rates": list(learning_rates),
-        "batch_size": arguments.batch_size, "momentum": arguments.momentum,
-        "weight_decay": arguments.weight_decay, "precision": arguments.precision,
-        "nesterov": getattr(arguments, "nesterov", False),
-        "compile": arguments.compile, "device": arguments.device.type, "torch": torch.__version__,
-        "source": hashlib.sha1(Path(__file__).read_bytes()).hexdigest()}
-    key = hashlib.sha1(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
-    folder = arguments.cache / f"{data.name}-{name}-{epochs}-{key}"
-    record = Record(folder, settings, True, arguments.device)
-    held = {int(path.stem.removeprefix("epoch-")) for path in folder.glob("epoch-*.pt")}
-    done = epochs if record.result else len(record.rows)
-    if {epoch for epoch in keep if epoch <= done} - held:
-        keep = keep | held
-        for stale in folder.glob("epoch-*.pt"):
-            stale.unlink()
-        for stale in ("result.json", "checkpoint.pt"):
-            (folder / stale).unlink(missing_ok=True)
-        record = Record(folder, settings, True, arguments.device)
-
-    def build(epoch=None):
-        network = build_model(name, data.classes, data.image_size, seed).to(arguments.device)
-        return load_weights(network, folder / f"epoch-{epoch:04}.pt") if epoch else network
-
-    if record.result:
-        print(f"{title}: {name}, trained before, {record.result['last_test']:.2f} % at the end")
-    else:
-        print(f"{title}: training {name} for {epochs} epochs")
-        network, generator = build(), torch.Generator().manual_seed(seed)
-        optimizer = sgd(network.parameters(), arguments)
-        if record.state:
-            network.load_state_dict(record.state["network"])
-            optimizer.load_state_dict(record.state["optimizer"])
-            restore_random_states(record.state["random"], generator)
-        compile_network(network, arguments)
-        record.begin(epochs)
-        for epoch in range(len(record.rows), epochs):
-            optimizer.param_groups[0]["lr"] = learning_rates[epoch]
-            network.train()
-            for images, labels in data.train.augmented(arguments.batch_size, generator):
-                with autocast(arguments):
-                    logits = network(images)  # (B,C)
-                loss = F.cross_entropy(logits.float(), labels)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                record.step({"ce": loss}, logits, labels, len(data.train) // arguments.batch_size)
-            record.trained()
-            if epoch + 1 in keep:
-                save_file(network.state_dict(), folder / f"epoch-{epoch + 1:04}.pt")
-            record.epoch({"epoch": epoch + 1, "lr": learning_rates[epoch]},
-                         {"test": evaluate(network, data.test, arguments)},
-                         {"network": network.state_dict(), "optimizer": optimizer.state_dict(),
-                          "random": random_states(generator)})
-        record.finish()
-    return record.result, {epoch: frozen(build(epoch)) for epoch in sorted(asked)}

@@ -1,10 +1,129 @@
-"""One thread, so that equal means equal to the bit; and the scripts of the folder above."""
+"""What several test files need: the scripts as modules, runs in this process, tables, weights."""
 
+import contextlib
+import csv
+import importlib
+import io
+import itertools
+import json
+import re
 import sys
+from argparse import Namespace
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-torch.set_num_threads(1)
+import common  # noqa: E402
+
+torch.set_num_threads(1)  # so that equal means equal to the bit
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_shapes():
+    """Every run of a test sees 260 drawn images and 100 test images."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "SHAPES_TRAIN", 260)
+        patch.setattr(common, "SHAPES_TEST", 100)
+        yield
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory):
+    """run("rco", folder, "--epochs 2"): `python rco.py ...` in this process; what it printed.
+
+    Two small networks, batches of 50, on the CPU, one cache for all tests; flags given later win.
+    """
+    cache = tmp_path_factory.mktemp("cache")
+
+    def call(script, out, flags=""):
+        tiny = "--device cpu --teacher resnet8 --student resnet8x0.5 --epochs 2 --batch-size 50"
+        argv = [f"{script}.py", *tiny.split(), "--out", out, "--cache", cache, *flags.split()]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", [str(word) for word in argv])
+            with contextlib.redirect_stdout(io.StringIO()) as printed:
+                importlib.import_module(script).main()
+        return printed.getvalue()
+    call.cache = cache
+    return call
+
+
+def refused(script, flags, capsys):
+    """The one line that bad flags give; exit code 2, nothing on the standard output."""
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module(script).parse_args(flags.split())
+    out, line = capsys.readouterr()
+    assert (stop.value.code, out) == (2, "") and line.count("\n") == 1 and line.endswith("\n")
+    return line
+
+
+def stopped(patch, owner, name, call, error=KeyboardInterrupt):
+    """From now on the `call`-th call of owner.name raises `error`, as Ctrl-C would there."""
+    function, calls = getattr(owner, name), itertools.count(1)
+
+    def wrapped(*args, **kwargs):
+        if next(calls) == call:
+            raise error
+        return function(*args, **kwargs)
+    patch.setattr(owner, name, wrapped)
+
+
+def forbidden(*_, **__):
+    raise AssertionError("this must not be called")
+
+
+def shapes_data(**flags):
+    """The embedded set as the scripts load it."""
+    return common.load_data(Namespace(**{
+        "dataset": "shapes", "data": None, "image_size": None, "train_fraction": 1.0, "open_set": 0,
+        "seed": 0, "batch_size": 50, "device": torch.device("cpu"), **flags}))
+
+
+def weights(path):
+    return torch.load(path, weights_only=True)
+
+
+def same(one, other):
+    """Two state dicts are equal bit for bit."""
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def result_of(folder):
+    return json.loads((Path(folder) / "result.json").read_text())
+
+
+def log(folder, name="log.csv"):
+    """The rows of a csv file of a run, without what a clock decides."""
+    with open(Path(folder) / name, newline="") as file:
+        return [{key: value for key, value in row.items() if key not in ("s", "img/s")}
+                for row in csv.DictReader(file)]
+
+
+def same_run(one, other):
+    """Two folders hold the same networks, logs and results, but for what a clock decides."""
+    names = {path.name for path in Path(one).glob("*.pt")}
+    timed = {"seconds", "rows"}
+    ours, theirs = ({key: value for key, value in result_of(folder).items() if key not in timed}
+                    for folder in (one, other))
+    return (names == {path.name for path in Path(other).glob("*.pt")} and len(names) > 0
+            and all(same(weights(Path(one) / name), weights(Path(other) / name)) for name in names)
+            and log(one) == log(other) and ours == theirs)
+
+
+def table(printed):
+    """{run: {column: text}} of the last table that a script printed."""
+    title = [line for line in printed.splitlines() if re.search(r", (one seed|mean ± )", line)][-1]
+    head, *rows = printed.split(title)[1].strip("\n").splitlines()
+    rows = [re.split(r" {2,}", row.strip()) for row in rows if row.startswith("  ")]
+    return {row[0]: dict(zip(head.split()[1:], row[1:], strict=True)) for row in rows}
+
+
+def readme_commands(script):
+    """The commands with which README.md and docs/ call a script, without `python NAME.py`."""
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    return sorted({match for page in pages for match in re.findall(
+        rf"python {script}\.py([^`\n|]*)", page.read_text())})
