@@ -35,7 +35,7 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 if {"-h", "--help"} & set(sys.argv[1:]) and Path(sys.argv[0]).resolve().parent == HERE:
     # `python rco.py --help` needs the flags alone, not the two seconds that importing torch takes.
-    torch, nn, F = None, SimpleNamespace(Module=object), None
+    torch, nn, F = None, SimpleNamespace(Module=object, Conv2d=object), None
 else:
     import torch
     import torch.nn.functional as F
