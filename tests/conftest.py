@@ -76,11 +76,11 @@ def forbidden(*_, **__):
     raise AssertionError("this must not be called")
 
 
-def shapes_data(**flags):
+def shapes_data(validation=0.0, **flags):
     """The embedded set as the scripts load it."""
     return common.load_data(Namespace(**{
         "dataset": "shapes", "data": None, "image_size": None, "train_fraction": 1.0, "open_set": 0,
-        "seed": 0, "batch_size": 50, "device": torch.device("cpu"), **flags}))
+        "seed": 0, "batch_size": 50, "device": torch.device("cpu"), **flags}), validation)
 
 
 def weights(path):
