@@ -308,11 +308,13 @@ def train(record, data, alone, arguments):
     seen = len(data.train) * len(record.rows)
     shares = None
     if online and arguments.temperature == 1:  # where eq. (7) holds
-        shares = label_shares(weights["teacher"], weights["student"])
+        l_T, l_S = label_shares(weights["teacher"], weights["student"])
+        shares = {"teacher": l_T, "student": l_S}
     record.finish(
         {"student": student.state_dict()}, generations=generations, label_shares=shares,
         before=trained_before(alone, weights.values(), arguments.peer),
         anchor_test=alone["student alone"][1]["last_test"],
+        paths={"data": arguments.data and str(arguments.data), "cache": str(arguments.cache)},
         images={**{f"{role} forward and backward": seen for role in roles},
                 **{f"{role} forward": seen for role in (["anchor"] if online else fixed)}})
 

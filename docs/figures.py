@@ -4,6 +4,7 @@
     python docs/figures.py RUN_FOLDER FILE     one of them, named like FILE, into FILE
 """
 
+import argparse
 import csv
 import json
 import sys
@@ -53,6 +54,83 @@ def rco(folder, result):
     axes.plot(list(last), list(last.values()), marker="o", label="student")
     axes.legend(fontsize=8)
     return {**pictures, "gap.png": figure}
+
+
+def classical_scaling(squared_distances):
+    """(n,2) coordinates by classical scaling (Torgerson 1952) of `squared_distances` (n,n)."""
+    import torch
+    D = torch.as_tensor(squared_distances, dtype=torch.float64)
+    J = torch.eye(len(D), dtype=D.dtype) - 1 / len(D)
+    values, vectors = torch.linalg.eigh(-0.5 * J @ D @ J)  # ascending
+    return (vectors * values.clamp_min(0).sqrt())[:, -2:].flip(1)  # (n,2)
+
+
+def trikd(folder, result):
+    """generations.png: students and teachers by generation; functions.png: the networks of the run,
+    its mutual learning and its born-again chain, if any, in function space; tradeoff.png, if there
+    are runs of other anchor weights in FOLDER/anchor-Z: teacher's nearness and student's accuracy.
+    """
+    import torch
+
+    import common
+    import trikd as script
+
+    def of(name):
+        path = folder / name / "result.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+    figure, axes = axes_of("generation", "test accuracy (%)", "Curriculum")
+    chains = {"TriKD": result, "born-again": of("born-again")}
+    for name, chain in chains.items():
+        if chain:
+            tests = [chain["anchor_test"], *(one["test"] for one in chain["generations"])]
+            axes.plot(range(len(tests)), tests, marker="o",
+                      label=f"{name}: student, the next anchor")
+    ones = [one for one in result["generations"] if "teacher" in one]  # --peer none has none
+    if ones:
+        axes.plot([one["generation"] for one in ones], [one["teacher"] for one in ones],
+                  marker="s", linestyle=":", label="TriKD: teacher")
+    axes.set_xticks(range(len(result["generations"]) + 1))
+    axes.legend(fontsize=8)
+    pictures = {"generations.png": figure}
+
+    swept = [json.loads(path.read_text()) for path in folder.glob("anchor-*/result.json")]
+    if swept:
+        points = sorted(((float(one["arguments"]["anchor_weight"].strip("[]").split(",")[-1]),
+                          one["generations"][0], one["label_shares"]) for one in swept),
+                        key=lambda point: point[0])
+        figure, axes = axes_of("KL(anchor || teacher), nats", "student test accuracy (%)",
+                               "Trade-off over the anchor weight")
+        axes.plot([one["kl_at"] for _, one, _ in points], [one["test"] for _, one, _ in points],
+                  marker="o")
+        for value, one, shares in points:
+            share = f" (label share {shares['student']:.2f})" if shares else ""
+            axes.annotate(f"{value:g}{share}", (one["kl_at"], one["test"]), fontsize=8)
+        pictures["tradeoff.png"] = figure
+
+    arguments = argparse.Namespace(**result["arguments"])
+    arguments.device = torch.device(arguments.device)
+    arguments.compare, arguments.peer = None, "online"
+    arguments.data, arguments.cache = (value and Path(value) for value in (
+        result["paths"]["data"], result["paths"]["cache"]))
+    data = common.load_data(arguments)
+    networks = {"A0": script.networks_alone(data, arguments)["student alone"][0]}
+    for name, place in (("TriKD", folder), ("born-again", folder / "born-again"),
+                        ("mutual learning", folder / "mutual-learning")):
+        for path in sorted(place.glob("*-[0-9]*.pt")):
+            role, generation = path.stem.split("-")
+            networks[f"{name} {role[0].upper()}{generation}"] = common.load_weights(
+                script.build_network(role, 0, data, arguments), path)
+    outputs = [common.embeddings(network, data.test, arguments, network)[0]
+               for network in networks.values()]
+    D = torch.tensor([[script.kl_to(a, b).item() for b in outputs] for a in outputs])
+    figure, axes = axes_of("root of the mean symmetric KL (nats)", "",
+                           "Networks in function space", size=(5, 4))
+    for name, (x, y) in zip(networks, classical_scaling((D + D.T) / 2).tolist()):
+        axes.scatter([x], [y], s=14)
+        axes.annotate(name, (x, y), fontsize=8)
+    axes.set_aspect("equal", "datalim")
+    return {**pictures, "functions.png": figure}
 
 
 def main(folder, file=None):
