@@ -434,14 +434,15 @@ def _read_cifar(folder, name):
     """(train, test, classes) by torchvision, which checks every file's md5 before it unpickles."""
     from torchvision import datasets
     kind = getattr(datasets, name.upper())
-    root = folder.parent if folder.name == kind.base_folder else folder
-    archive, unpacked = root / kind.filename, (root / kind.base_folder).is_dir()
+    if folder.name == kind.base_folder:
+        folder = folder.parent
+    archive, unpacked = folder / kind.filename, (folder / kind.base_folder).is_dir()
     try:
         if archive.exists() and not unpacked:
-            datasets.utils.extract_archive(_whole(archive, kind.tgz_md5), root)
+            datasets.utils.extract_archive(_whole(archive, kind.tgz_md5), folder)
         elif not unpacked:
             print(f"{name}: not in {folder}, downloading it there")
-        parts = [kind(root, train, download=not unpacked) for train in (True, False)]
+        parts = [kind(folder, train, download=not unpacked) for train in (True, False)]
     except Exception as error:  # urllib, sockets, checksums, pickles: each has its own
         if unpacked or archive.exists():
             raise InputError(f"the files of {name} in {folder} are damaged or incomplete ({error});"

@@ -2,15 +2,20 @@
 
 import contextlib
 import csv
+import hashlib
 import importlib
 import io
 import itertools
 import json
+import pickle
 import re
+import shutil
 import sys
+import tarfile
 from argparse import Namespace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -127,3 +132,38 @@ def readme_commands(script):
     pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
     return sorted({match for page in pages for match in re.findall(
         rf"python {script}\.py([^`\n|]*)", page.read_text())})
+
+
+def tiny_cifar(folder, monkeypatch, name="cifar100"):
+    """Write folder/cifar-100-python.tar.gz: 100 (10) images a file, one of each class.
+
+    torchvision then takes the md5 sums of these files for the published ones. Returns their
+    contents, [(rows (N,3072) uint8, labels)], the test file last.
+    """
+    from torchvision import datasets
+    kind, classes, written = getattr(datasets, name.upper()), int(name[5:]), []
+    inner, archive = folder / kind.base_folder, folder / kind.filename
+    inner.mkdir(parents=True)
+
+    def write(file, value):
+        raw = pickle.dumps(value, protocol=2)
+        (inner / file).write_bytes(raw)
+        return hashlib.md5(raw).hexdigest()
+
+    for part in ("train_list", "test_list"):
+        sums = []
+        for file, _ in getattr(kind, part):
+            draw = np.random.default_rng(len(written))
+            rows = draw.integers(0, 256, (classes, 3072), dtype=np.uint8)
+            labels = draw.permutation(classes).tolist()
+            key = {"cifar10": "labels", "cifar100": "fine_labels"}[name]
+            sums.append([file, write(file, {"data": rows, key: labels, "coarse_labels": [0]})])
+            written.append((rows, labels))
+        monkeypatch.setattr(kind, part, sums)
+    names = {kind.meta["key"]: [f"class {label}" for label in range(classes)]}
+    monkeypatch.setattr(kind, "meta", {**kind.meta, "md5": write(kind.meta["filename"], names)})
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(inner, inner.name)
+    shutil.rmtree(inner)
+    monkeypatch.setattr(kind, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
+    return written
