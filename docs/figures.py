@@ -133,6 +133,71 @@ def trikd(folder, result):
     return {**pictures, "functions.png": figure}
 
 
+def switokd(folder, result):
+    """gap.png: gap and threshold by step, expert mode shaded; rule.png: eq. (10), step by step;
+    degeneration.png, at tau = 1: t, the L1 distance of the student's two gradients, eq. (9), of
+    this run and of its controls never and adaptive, if any."""
+    import math
+
+    from matplotlib import pyplot
+
+    def pairs_of(place):
+        """{label of a pair: its steps.csv}, with a column "when", in epochs."""
+        steps = steps_of(place)
+        length = max(steps["step"])
+        steps["when"] = [e - 1 + k / length for e, k in zip(steps["epoch"], steps["step"])]
+        owners = list(zip(steps["student"], steps["teacher"]))
+        return {f", {teacher} to {student}" if len(set(owners)) > 1 else "": {
+            name: [value for value, owner in zip(values, owners) if owner == (student, teacher)]
+            for name, values in steps.items()} for student, teacher in dict.fromkeys(owners)}
+
+    pairs = pairs_of(folder)
+    figure, grid = pyplot.subplots(len(pairs), figsize=(7, 3 * len(pairs)), squeeze=False,
+                                   layout="constrained")
+    for axes, (label, of) in zip(grid[:, 0], pairs.items()):
+        when = of["when"]
+        axes.fill_between(when, 0, [mode == "expert" for mode in of["mode"]], step="pre",
+                          linewidth=0, transform=axes.get_xaxis_transform(), color="0.85",
+                          label="expert mode")
+        lead = [s - t for s, t in zip(of["student_distance"], of["teacher_distance"])]
+        for name, values in (("gap G", of["gap"]), ("threshold", of["threshold"]), ("s - t", lead)):
+            axes.plot(when, values, linewidth=0.8, label=name)
+        axes.set(xlabel="epoch", title="Gap and threshold" + label)
+        axes.legend(fontsize=8)
+    pictures = {"gap.png": figure}
+
+    # Eq. (10): slack / t against r = t / (s + t); expert above 1 - exp(-r) = 1 - eps, if r < 1/2
+    figure, axes = axes_of("r = t / (s + t)", "slack / t",
+                           f"The adaptive rule; points: {result['arguments']['switch']}")
+    for mode, color in (("learning", "tab:blue"), ("expert", "tab:orange")):
+        points = [(t / (s + t), (gap - s + t) / t) for of in pairs.values()
+                  for gap, s, t, own in zip(of["gap"], of["student_distance"],
+                                            of["teacher_distance"], of["mode"])
+                  if own == mode and t > 0]
+        axes.scatter(*(zip(*points) if points else ((), ())), s=5, color=color, label=mode)
+    curve = [k / 100 for k in range(101)]
+    axes.plot(curve, [1 - math.exp(-r) for r in curve], color="black", label="1 - exp(-r)")
+    axes.axvline(0.5, color="0.6", linestyle=":", label="guard t < s")
+    axes.legend(fontsize=8)
+    pictures["rule.png"] = figure
+
+    if result["arguments"]["temperature"] == 1:
+        figure, axes = axes_of("epoch", "L1 distance of the two gradients",
+                               "Degeneration: 0 is the end of distillation")
+        runs = {result["arguments"]["switch"]: folder}
+        runs |= {name: folder / name for name in ("never", "adaptive")
+                 if (folder / name / "steps.csv").exists()}
+        for name, place in runs.items():
+            # t is the same in all pairs of a teacher
+            seen = {of["teacher"][0]: of for of in pairs_of(place).values()}
+            for teacher, of in seen.items():
+                axes.plot(of["when"], of["teacher_distance"], linewidth=0.8,
+                          label=name + (f", {teacher}" if len(seen) > 1 else ""))
+        axes.legend(fontsize=8)
+        pictures["degeneration.png"] = figure
+    return pictures
+
+
 def main(folder, file=None):
     import matplotlib
     matplotlib.use("Agg")
