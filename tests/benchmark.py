@@ -7,6 +7,8 @@ ready tensors. Both take turns; the median of their ratios is printed.
 """
 
 import argparse
+import contextlib
+import io
 import platform
 import statistics
 import sys
@@ -71,25 +73,36 @@ def loader_row(device, size=32, count=4096, batch=64):
     return count / mine, count / theirs, 1 / ratio
 
 
-def rco_row(device, precision, teacher, student, size, batch, steps):
-    arguments = rco.variant(
-        rco.parse_args(["--student", student, "--device", str(device), "--precision", precision]),
-        seed=0)
-    data = common.load_data("shapes", image_size=size, device=device)
-    part = slice(steps * batch)
+def prepared(script, device, precision, teacher, student, size, batch, steps, *flags):
+    """The script's flags, the data, an epoch of `steps` batches, and the same as ready tensors."""
+    arguments = script.parse_args([
+        "--teacher", teacher, "--student", student, "--image-size", str(size), "--batch-size",
+        str(batch), "--device", str(device), "--precision", precision, *flags])
+    arguments.seed, arguments.cache = 0, Path(tempfile.mkdtemp())
+    with contextlib.redirect_stdout(io.StringIO()):
+        data = common.load_data(arguments)
+    part, generator = slice(steps * batch), torch.Generator().manual_seed(0)
     split = common.Split(data.train.images[part], data.train.labels[part], data.train.mean,
                          data.train.std)
+
+    def epoch():
+        return split.augmented(batch, generator)
+    return arguments, data, epoch, list(epoch())
+
+
+def rco_row(*setting):
+    device, _, teacher, student, size, *_ = setting
+    arguments, data, epoch, ready = prepared(rco, *setting)
     teacher = common.frozen(common.build_model(teacher, data.classes, size)).to(device)
-    ours, bare = (rco.build_student(data, teacher.features, arguments) for _ in range(2))
+    ours, bare = (rco.build_student(student, data, teacher.features, "kd", 0).to(device)
+                  for _ in range(2))
     our_sgd, bare_sgd = (common.sgd(net.parameters(), arguments) for net in (ours, bare))
-    generator = torch.Generator().manual_seed(0)
-    ready = list(split.augmented(batch, generator))
-    record = common.Record(tempfile.mkdtemp(), {}, False, device)
 
     def step():
-        for images, labels in split.augmented(batch, generator):
+        mean = common.Mean()
+        for images, labels in epoch():
             terms, logits = rco.train_step(ours, teacher, our_sgd, images, labels, arguments)
-            record.step(terms, logits, labels)
+            mean.add(terms, logits, labels)
 
     def floor():
         for images, labels in ready:
@@ -108,35 +121,31 @@ def rco_row(device, precision, teacher, student, size, batch, steps):
     return 1000 * mine / len(ready), 1000 * least / len(ready), ratio
 
 
-def switokd_row(device, precision, teacher, student, size, batch, steps, mode):
+def switokd_row(*setting):
     """A step in `mode`; its floor has the passes of that mode alone, in expert mode no backward
-    and no graph of the teacher."""
-    arguments = switokd.parse_args(["--teacher", teacher, "--student", student,
-                                    "--device", str(device), "--precision", precision])
-    arguments.seed = 0
-    data = common.load_data("shapes", image_size=size, device=device)
-    part = slice(steps * batch)
-    split = common.Split(data.train.images[part], data.train.labels[part], data.train.mean,
-                         data.train.std)
-    ours, bare = ([network[0] for network in switokd.build_networks(data, arguments)]
-                  for _ in range(2))
-    our_sgd, bare_sgd = ([common.sgd(net.parameters(), arguments) for net in pair]
-                         for pair in (ours, bare))
-    generator = torch.Generator().manual_seed(0)
-    ready = list(split.augmented(batch, generator))
-    record = common.Record(tempfile.mkdtemp(), {}, False, device)
-    switokd.choose_mode = lambda *_: mode
+    of the teacher."""
+    *setting, mode = setting
+    device, precision = setting[:2]
+    arguments, data, epoch, ready = prepared(switokd, *setting)
+    roles = switokd.roles(arguments)
+    ours, bare = ([switokd.build_networks(of, data, device) for of in roles] for _ in range(2))
+    our_sgd = {name: common.sgd(network.parameters(), arguments)
+               for networks in ours for name, network in networks.items()}
+    bare = [bare[0]["student"], bare[1]["teacher"]]
+    bare_sgd = [common.sgd(net.parameters(), arguments) for net in bare]
+    switch = {"learning": "never", "expert": "kd"}[mode]
 
     def step():
-        for images, labels in split.augmented(batch, generator):
-            found = switokd.train_step(*ours, *our_sgd, images, labels)
-            record.step({"L_s": found["student_loss"], "L_t": found["teacher_loss"]}, None, labels)
+        mean = common.Mean()
+        for images, labels in epoch():
+            losses, logits, _ = switokd.train_step(*ours, our_sgd, images, labels, 1.0, switch,
+                                                   precision)
+            mean.add(losses, logits["student"], labels)
 
     def floor():
         for images, labels in ready:
-            with torch.set_grad_enabled(mode == "learning"):
-                z_t = bare[1](images)
-            z_s = bare[0](images)
+            with common.autocast(arguments):
+                z_s, z_t = (network(images).float() for network in bare)
             pairs = [(z_s, z_t, bare_sgd[0]), (z_t, z_s, bare_sgd[1])]
             for own, peer, optimizer in pairs if mode == "learning" else pairs[:1]:
                 loss = F.cross_entropy(own, labels) + F.kl_div(
@@ -150,26 +159,23 @@ def switokd_row(device, precision, teacher, student, size, batch, steps, mode):
     return 1000 * mine / len(ready), 1000 * least / len(ready), ratio
 
 
-def trikd_row(device, precision, teacher, student, size, batch, steps):
+def trikd_row(*setting):
     """Its floor: the anchor's forward; forward, backward and step of teacher and student."""
-    arguments = trikd.variant(trikd.parse_args(["--device", str(device), "--precision", precision]))
-    data = common.load_data("shapes", image_size=size, device=device)
-    part = slice(steps * batch)
-    split = common.Split(data.train.images[part], data.train.labels[part], data.train.mean,
-                         data.train.std)
+    device, _, teacher, student, size, *_ = setting
+    arguments, data, epoch, ready = prepared(trikd, *setting)
     ours, bare = ([common.build_model(name, data.classes, size).to(device)
                    for name in (student, teacher, student)] for _ in range(2))
     ours[2], bare[2] = common.frozen(ours[2]), common.frozen(bare[2])
     our_sgd, bare_sgd = ([common.sgd(net.parameters(), arguments) for net in nets[:2]]
                          for nets in (ours, bare))
-    generator = torch.Generator().manual_seed(0)
-    ready = list(split.augmented(batch, generator))
-    record = common.Record(tempfile.mkdtemp(), {}, False, device)
+    our_sgd = dict(zip(("student", "teacher"), our_sgd))
+    weights = {role: trikd.weights_of(role, arguments) for role in our_sgd}
 
     def step():
-        for images, labels in split.augmented(batch, generator):
-            terms, logits = trikd.train_step(*ours, *our_sgd, images, labels, arguments)
-            record.step(terms, logits, labels)
+        mean = common.Mean()
+        for images, labels in epoch():
+            terms, logits = trikd.train_step(*ours, our_sgd, images, labels, weights, arguments)
+            mean.add(terms, logits, labels)
 
     def floor():
         for images, labels in ready:
@@ -192,30 +198,23 @@ def trikd_row(device, precision, teacher, student, size, batch, steps):
     return 1000 * mine / len(ready), 1000 * least / len(ready), ratio
 
 
-def letkd_row(device, precision, teacher, student, size, batch, steps):
+def letkd_row(*setting):
     """Its floor: the teacher to both taps, the targets once; forward, backward and step of the
     student with its layers."""
-    arguments = letkd.parse_args(["--teacher", teacher, "--student", student, "--rows", "20000",
-                                  "--device", str(device), "--precision", precision])
-    arguments.seed, arguments.cache = 0, Path(tempfile.mkdtemp())
-    data = common.load_data("shapes", image_size=size, device=device)
-    sides = letkd.check_maps(data, arguments, [arguments])
+    device, _, teacher, student, size, *_ = setting
+    arguments, data, epoch, ready = prepared(letkd, *setting, "--rows", "20000")
     teacher = common.frozen(common.build_model(teacher, data.classes, size)).to(device)
-    targets = letkd.prepare(teacher, data, sides, arguments)
-    part = slice(steps * batch)
-    split = common.Split(data.train.images[part], data.train.labels[part], data.train.mean,
-                         data.train.std)
-    ours, bare = (letkd.new_student(data, arguments) for _ in range(2))
+    with contextlib.redirect_stdout(io.StringIO()):
+        targets = letkd.prepare(teacher, data, arguments)
+    ours, bare = (letkd.new_student(data, arguments).to(device) for _ in range(2))
     our_sgd, bare_sgd = (common.sgd(net.parameters(), arguments) for net in (ours, bare))
-    generator = torch.Generator().manual_seed(0)
-    ready = list(split.augmented(batch, generator))
-    record = common.Record(tempfile.mkdtemp(), {}, False, device)
 
     def step():
-        for images, labels in split.augmented(batch, generator):
+        mean = common.Mean()
+        for images, labels in epoch():
             terms, logits = letkd.train_step(ours, teacher, targets, our_sgd, images, labels,
                                              arguments)
-            record.step(terms, logits, labels)
+            mean.add(terms, logits, labels)
 
     def floor():
         for images, labels in ready:
@@ -238,59 +237,53 @@ def letkd_row(device, precision, teacher, student, size, batch, steps):
     return 1000 * mine / len(ready), 1000 * least / len(ready), ratio
 
 
-def tst_row(device, precision, teacher, student, size, batch, steps, stage):
+def tst_row(*setting):
     """Stage II: augmenter, both networks, backward to theta, step. Stage III: augmenter, teacher
     on 2B, student on 2B forward, backward, step. "augmenter": its share of a Stage III step, as
     ms, floor and ratio."""
-    arguments = tst.parse_args(["--device", str(device), "--precision", precision])
-    data = common.load_data("shapes", image_size=size, device=device)
-    part = slice(steps * batch)
-    split = common.Split(data.train.images[part], data.train.labels[part], data.train.mean,
-                         data.train.std)
+    *setting, stage = setting
+    device, _, teacher, student, size, *_ = setting
+    arguments, data, epoch, ready = prepared(tst, *setting)
     teacher = common.frozen(common.build_model(teacher, data.classes, size)).to(device)
     encoders = [tst.ColorEncoder() if i < tst.COLOR else tst.GeometricEncoder()
                 for i in range(tst.MOVABLE)]
-    augmenters, students, optimizers, searches = [], [], [], []
-    for _ in range(2):
-        augmenters.append(tst.Augmenter(
-            encoders, torch.tensor(data.mean), torch.tensor(data.std),
-            generator=torch.Generator().manual_seed(0)).to(device))
-        students.append(common.build_model(student, data.classes, size).to(device))
-        optimizers.append(common.sgd(students[-1].parameters(), arguments))
-        searches.append(tst.search_optimizer(augmenters[-1]))
-    generator = torch.Generator().manual_seed(0)
-    ready = list(split.augmented(batch, generator))
-    record = common.Record(tempfile.mkdtemp(), {}, False, device)
+    augmenters = [tst.Augmenter(encoders, data.mean, data.std).to(device) for _ in range(2)]
+    students = [common.build_model(student, data.classes, size).to(device) for _ in range(2)]
+    fixed = common.frozen(students[0])
+    optimizers = [common.sgd(network.parameters(), arguments) for network in students]
+    searches = [tst.search_optimizer(augmenter) for augmenter in augmenters]
+    draws = torch.Generator().manual_seed(0)
 
     def search():
-        with tst.held(students[0]):
-            for images, labels in split.augmented(batch, generator):
-                terms = tst.search_step(augmenters[0], teacher, students[0], searches[0], images,
-                                        labels, arguments)
-                record.step(terms, None, labels)
+        mean = common.Mean()
+        for images, labels in epoch():
+            mean.add(tst.search_step(augmenters[0], teacher, fixed, searches[0], images, labels,
+                                     draws, arguments), None, labels)
 
     def search_floor():
-        with tst.held(students[1]):
-            for images, labels in ready:
-                augmented = augmenters[1](images)
-                with common.autocast(arguments):
-                    t, s = teacher(augmented).float(), students[1](augmented).float()
-                p = F.softmax(s, 1).gather(1, labels[:, None])
-                loss = F.cross_entropy(t, labels) - torch.log(1 - p + 1e-8).mean()
-                searches[1].zero_grad()
-                loss.backward()
-                searches[1].step()
+        for images, labels in ready:
+            augmented = augmenters[1](images, draws)
+            with common.autocast(arguments):
+                t, s = teacher(augmented).float(), fixed(augmented).float()
+            p = F.softmax(s, 1).gather(1, labels[:, None])
+            loss = F.cross_entropy(t, labels) - torch.log(1 - p + 1e-8).mean()
+            searches[1].zero_grad()
+            loss.backward()
+            searches[1].step()
 
     def teach():
-        for images, labels in split.augmented(batch, generator):
-            terms, logits = tst.train_step(students[0], teacher, augmenters[0], optimizers[0],
-                                           images, labels, arguments)
-            record.step(terms, logits, labels)
+        mean = common.Mean()
+        for images, labels in epoch():
+            with torch.no_grad():
+                first = augmenters[0](images, draws), labels
+            terms, logits = tst.train_step(students[0], teacher, optimizers[0], images, labels,
+                                           first, arguments)
+            mean.add(terms, logits, labels)
 
     def teach_floor():
         for images, labels in ready:
             with torch.no_grad():
-                both = torch.cat([augmenters[1](images), images])
+                both = torch.cat([augmenters[1](images, draws), images])
                 with common.autocast(arguments):
                     t = teacher(both).float()
             with common.autocast(arguments):
@@ -305,11 +298,10 @@ def tst_row(device, precision, teacher, student, size, batch, steps, stage):
     def augment():
         with torch.no_grad():
             for images, _ in ready:
-                augmenters[0](images)
+                augmenters[0](images, draws)
 
     pair = {"II": (search, search_floor), "III": (teach, teach_floor),
             "augmenter": (augment, teach_floor)}[stage]
-    students[0].train(), students[1].train()
     mine, least, ratio = in_turns(*pair, device)
     return 1000 * mine / len(ready), 1000 * least / len(ready), ratio
 
