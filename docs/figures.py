@@ -198,6 +198,72 @@ def switokd(folder, result):
     return pictures
 
 
+def letkd(folder, result):
+    """layers.png: loss terms, scales and firing share by epoch. subclasses.png (letKD-2 and its
+    teacher): the sub-class of every location of four test images, and rows of s_T in its colours.
+    """
+    import torch
+    from matplotlib import pyplot
+
+    import common
+    import letkd as script
+
+    rows = result["rows"]
+    figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.2), layout="constrained")
+    shown = [(axes[0], name, name) for name in ("ce", "kl", "penult", "inter")]
+    for letter, layer in (("i", "inter"), ("p", "penult")):
+        shown += [(axis, f"{key}_{letter}", f"{key}, {layer}")
+                  for axis, key in ((axes[1], "s_q"), (axes[1], "s_v"), (axes[2], "fire"))]
+    for axis, key, label in shown:
+        if key in rows[0]:
+            axis.plot([row["epoch"] for row in rows], [row[key] for row in rows], marker=".",
+                      label=label)
+    axes[0].set(title="Terms of eq. (16), nats")
+    axes[1].set(title="Scales of eqs. (1), (3)")
+    axes[2].set(title="Share of templates that fire", ylim=(0, 1.05))
+    for axis in axes:
+        axis.set_xlabel("epoch")
+        if axis.lines:
+            axis.legend(fontsize=8)
+    pictures = {"layers.png": figure}
+    arguments = argparse.Namespace(**result["arguments"])
+    if (arguments.supervision, arguments.layers) != ("teacher", 2):
+        return pictures
+
+    arguments.device, arguments.compare = torch.device(arguments.device), None
+    arguments.data, arguments.cache = (value and Path(value) for value in (
+        result["paths"]["data"], result["paths"]["cache"]))
+    arguments.teacher_weights = [Path(path) for path in result["paths"]["teacher_weights"]]
+    data = common.load_data(arguments)
+    teacher, _ = script.networks_alone(data, arguments)["teacher"]
+    decisions = script.prepare(teacher, data, arguments).decisions
+    k, s_T = decisions.per_class, decisions.table.cpu()
+    own = decisions._replace(table=torch.eye(len(s_T), device=arguments.device))
+    images, labels = next(data.test.batches(4))
+    student = script.new_student(data, arguments)
+    with common.evaluating(teacher), common.autocast(arguments):
+        z = script.up_to_tap(teacher, images).float()
+        z = script.pooled(z, script.map_shapes(student, data.image_size)[0][1])
+        h1 = script.decision_targets(z, labels, own).argmax(1).cpu()  # (4,H,W)
+    mean, std = (torch.tensor(value).view(3, 1, 1) for value in (data.mean, data.std))
+    figure, axes = pyplot.subplots(len(images), 3, figsize=(9, 2 * len(images)), squeeze=False,
+                                   layout="constrained", width_ratios=(1, 1, 3))
+    for image, label, found, axis in zip(images.cpu(), labels.tolist(), h1, axes):
+        axis[0].imshow((image * std + mean).clamp(0, 1).permute(1, 2, 0).numpy())
+        axis[0].set_title(f"class {label}", fontsize=8)
+        axis[1].imshow((found - label * k).numpy(), vmin=0, vmax=max(1, k - 1), cmap="turbo")
+        axis[1].set_title("sub-class of each location", fontsize=8)
+        for n in found.unique()[:3].tolist():
+            color = pyplot.get_cmap("turbo")((n - label * k) / max(1, k - 1))
+            axis[2].bar(range(len(s_T)), s_T[n].numpy(), width=1.0, color=color,
+                        label=f"row of sub-class {n - label * k}")
+        axis[2].set_xlabel("sub-class of the whole table, k to a class", fontsize=8)
+        axis[2].legend(fontsize=7)
+        for picture in axis[:2]:
+            picture.set_axis_off()
+    return {**pictures, "subclasses.png": figure}
+
+
 def main(folder, file=None):
     import matplotlib
     matplotlib.use("Agg")

@@ -4,21 +4,16 @@ The oracles are numpy in float64, written from the equations; goldens are typed 
 specification (six decimals), beside them the numbers that the usual mistakes would give.
 """
 
-import contextlib
 import copy
-import io
-import itertools
-import json
-import re
-import shlex
-import subprocess
-import sys
+import importlib
 from argparse import Namespace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import (
+    ROOT, forbidden, log, readme_commands, refused, result_of, same, same_run, shapes_data, stopped,
+    table, weights)
 from torch import nn
 from torch.nn import functional as F
 
@@ -26,7 +21,6 @@ import common
 import letkd
 from letkd import CosineConv1x1, Decisions, KDLayer
 
-ROOT = Path(__file__).resolve().parents[1]
 DIGITS = 2e-6
 
 
@@ -139,20 +133,6 @@ def test_layer_on_random_maps(size):
     x_hat, _ = layer.eval()(torch.tensor(x))
     _, _, wanted = layer_oracle(flat, omega, s_q, gamma, beta, V, s_v, alpha, kept)
     assert rows_of(x_hat) == pytest.approx(wanted, abs=1e-10)
-
-
-def test_invariances_and_bounds():
-    torch.manual_seed(0)
-    layer, x = KDLayer(6, 9, query_scale=-2.0, value_scale=1.5).double(), torch.randn(3, 6, 2, 2)
-    x = x.double()
-    x_hat, scores = layer(x)
-    larger, same_scores = layer(x * (1 + torch.rand(3, 1, 2, 2)))
-    assert torch.allclose(same_scores, scores, atol=1e-12)  # the norm of x leaves the scores
-    assert scores.abs().max() <= 2 and (x_hat - x).abs().max() <= 1.5
-    v = x_hat - x
-    assert torch.allclose(layer(5 * x)[0] - 5 * x, v, atol=1e-10)
-    p = torch.rand(3, 9, 2, 2).double()
-    assert torch.allclose(layer.value(p), layer.value(7 * p))  # the norm of p^ leaves v
 
 
 def test_dead_templates_and_alpha_zero_are_the_identity():
@@ -338,21 +318,6 @@ def test_wrong_shapes_are_refused(call, word):
         call()
 
 
-def test_head_and_loss_golden():
-    """CE on the mean of x_hat, (15), and (16) with both losses on this one layer."""
-    layer = layer_of_the_spec()
-    x_hat, scores = layer(grid(X))
-    logits = x_hat.mean((2, 3)) @ torch.tensor([[1, -1], [0.5, 1]]).double().T
-    assert logits.detach().numpy() == pytest.approx(np.array(
-        [[0.257687, 3.251814], [-0.277868, 1.063827]]), abs=DIGITS)
-    ce = F.cross_entropy(logits, torch.tensor([0, 1]))
-    words = letkd.template_loss(scores, letkd.word_targets(grid(Z), torch.tensor(WORDS).double()))
-    own = letkd.template_loss(scores, letkd.decision_targets(
-        grid(Z), torch.tensor([0, 1]), decisions_of_the_spec()))
-    assert [ce.item(), (ce + words).item(), (ce + words + own).item()] == pytest.approx(
-        [1.637609, 2.851187, 4.454508], abs=DIGITS)
-
-
 # --------------------------------------------------------------- k-means, LDA, table, (6), (8)-(11)
 def test_fit_words_golden():
     rows = torch.tensor([(0, 0), (1, 0), (10, 0), (12, 0)]).float()
@@ -389,14 +354,6 @@ def test_k_means_against_a_plain_loop(n, d, count):
                               iterations)
         for ours, theirs in zip(found, wanted):
             assert ours.numpy() == pytest.approx(theirs, abs=1e-9)
-
-
-def test_k_means_decreases_its_objective():
-    rows = torch.randn(400, 6, generator=torch.Generator().manual_seed(3))
-    objective = [letkd.k_means(rows, 20, torch.Generator().manual_seed(1), steps)[2].sum().item()
-                 for steps in range(12)]
-    assert all(after <= before + 1e-3 for before, after in itertools.pairwise(objective))
-    assert objective[-1] < 0.9 * objective[0]
 
 
 def test_empty_centres_take_the_farthest_rows(monkeypatch):
@@ -506,6 +463,15 @@ def test_decision_table_by_its_definition():
     assert rows_of(letkd.decision_targets(maps, torch.tensor(y), found)) == pytest.approx(table[h1])
 
 
+def centres_by_hand(left, right, W, b):
+    """In place of k_means: the centres of class 0 (on the left) and of class 1, given in z."""
+    def k_means(g, k, generator):
+        places = torch.tensor(left if g.mean() < 0 else right).double()
+        centres = places[:, None] * W[0, 0] + b
+        return centres, *letkd.nearest(g, centres)
+    return k_means
+
+
 def test_an_empty_sub_class_keeps_its_place(monkeypatch):
     """C k rows stay. Centres given by hand: class 0's third has no row of its own class, but lies
     among those of class 1: q_n = c_n takes some of them; its own row is one-hot. The first one's
@@ -514,11 +480,7 @@ def test_an_empty_sub_class_keeps_its_place(monkeypatch):
     z = torch.stack([z, torch.zeros(9)], 1)
     W, b = letkd.discriminant(z, torch.tensor([0] * 4 + [1] * 5), 2, 1)
 
-    def by_hand(g, k, generator):
-        own = [-6.0, -0.5, 6.0] if g.mean() < 0 else [5.5, 9.0, 30.0]
-        centres = torch.tensor(own).double()[:, None] * W[0, 0] + b
-        return centres, *letkd.nearest(g, centres)
-    monkeypatch.setattr(letkd, "k_means", by_hand)
+    monkeypatch.setattr(letkd, "k_means", centres_by_hand([-6, -0.5, 6], [5.5, 9, 30], W, b))
     found = letkd.fit_decisions(z, torch.tensor([0] * 4 + [1] * 5), 2, 3)
     # rows of class 0: -3 -> first, the others -> second; q = -3, -1 (empty: 6), 5.5, 9 (empty: 30)
     wanted = np.zeros((6, 6))
@@ -536,11 +498,7 @@ def test_prototypes_are_means_and_not_the_centres(monkeypatch):
     z, y = torch.stack([z, torch.zeros(7)], 1), torch.tensor([0] * 3 + [1] * 4)
     W, b = letkd.discriminant(z, y, 2, 1)
 
-    def by_hand(g, k, generator):
-        own = [-3.4, -0.5] if g.mean() < 0 else [5.5, 7.5]
-        centres = torch.tensor(own).double()[:, None] * W[0, 0] + b
-        return centres, *letkd.nearest(g, centres)
-    monkeypatch.setattr(letkd, "k_means", by_hand)
+    monkeypatch.setattr(letkd, "k_means", centres_by_hand([-3.4, -0.5], [5.5, 7.5], W, b))
     found = letkd.fit_decisions(z, y, 2, 2)
     # h1 of -1.8 is the second; q = -2.5, (-1.8 + 1) / 2 = -0.4; its h2 is the first
     assert found.table[:2].flatten().tolist() == pytest.approx([1, 0, 0, 0, 0.5, 0.5, 0, 0])
@@ -548,23 +506,21 @@ def test_prototypes_are_means_and_not_the_centres(monkeypatch):
 
 # ------------------------------------------------------------------------------ student and routing
 def test_taps_split_every_network():
-    for name, size in (("resnet14", 16), ("resnet8x4", 32), ("wrn_16_2", 16), ("vgg8", 32),
-                       ("mobilenetv2", 32)):
-        network = common.build_model(name, 10, size).eval()
-        x = torch.randn(2, 3, size, size)
+    """Nothing is lost between the two parts; plain students, and those of alpha 0, are the network
+    of the same seed."""
+    for name, size in (("resnet14", 16), ("wrn_16_2", 16), ("vgg8", 32), ("mobilenetv2", 32)):
+        network, x = common.build_model(name, 10, size).eval(), torch.randn(2, 3, size, size)
         with torch.no_grad():
-            u = letkd.up_to_tap(network, x)
-            assert torch.equal(network.forward_head(letkd.after_tap(network, u)), network(x))
-            plain = letkd.build_student(name, 10, size).eval()
-            assert torch.equal(plain(x), network(x))  # the same weights from the same seed
+            u, logits = letkd.up_to_tap(network, x), network(x)
+            assert torch.equal(network.forward_head(letkd.after_tap(network, u)), logits)
+            assert torch.equal(letkd.build_student(name, 10, size).eval()(x), logits)
             student = letkd.build_student(name, 10, size, 20, 30, alpha=0).eval()
-            assert torch.equal(student(x), network(x))
-        shapes = letkd.map_shapes(network, size)
-        assert shapes[0] == (u.shape[1], u.shape[3])
-        assert student.inter.match.weight.shape[:2] == (20, shapes[0][0])
-        assert student.penult.match.weight.shape[:2] == (30, shapes[1][0])
-    assert letkd.map_shapes(common.build_model("resnet56", 10, 32), 32) == [(64, 8)] * 2
-    assert letkd.map_shapes(common.build_model("wrn_40_2", 10, 32), 32) == [(128, 8)] * 2
+            assert torch.equal(student(x), logits)
+        widths = [channels for channels, _ in letkd.map_shapes(network, size)]
+        assert widths[0] == u.shape[1]
+        for layer, templates, width in zip((student.inter, student.penult), (20, 30), widths):
+            assert layer.match.weight.shape[:2] == (templates, width)
+    assert letkd.map_shapes(common.build_model("resnet20", 10, 32), 32) == [(64, 8)] * 2
     two = common.build_model("resnet20", 10, 32).eval()
     x = torch.randn(1, 3, 32, 32)
     first = two.stages[2][0](two.stages[1](two.stages[0](two.stem(x))))
@@ -595,7 +551,8 @@ def tiny_setup(layers=2, alpha=1.0):
     return student, teacher, targets, images, labels
 
 
-ARGUMENTS = Namespace(precision="fp32", device=torch.device("cpu"))
+def flags(supervision="teacher"):
+    return Namespace(supervision=supervision, precision="fp32", device=torch.device("cpu"))
 
 
 def still(network):
@@ -639,7 +596,7 @@ def test_gradient_routing(loss, alpha, wanted, monkeypatch):
     names = iter(["penult", "inter"])
     monkeypatch.setattr(letkd.F, "cross_entropy", lambda *args: only(ce(*args), "ce"))
     monkeypatch.setattr(letkd, "template_loss", lambda *args: only(template(*args), next(names)))
-    letkd.train_step(student, teacher, targets, still(student), images, labels, ARGUMENTS)
+    letkd.train_step(student, teacher, targets, still(student), images, labels, flags())
     if alpha == 0 and loss == "ce":  # CE reaches "everything but BN, V, s_v", templates included
         wanted = {"before", "after", "head"}  # through the identity alone: x_hat = x
     assert reached(student) == wanted and len(values) == 3
@@ -651,7 +608,7 @@ def test_a_step_against_autograd_by_hand(layers, terms):
     student, teacher, targets, images, labels = tiny_setup(layers)
     twin = copy.deepcopy(student)
     found, logits = letkd.train_step(student, teacher, targets, still(student), images, labels,
-                                     ARGUMENTS)
+                                     flags())
     assert found.keys() == terms
     with torch.no_grad():
         z = letkd.up_to_tap(teacher, images)
@@ -677,7 +634,7 @@ def test_teacher_and_targets_never_move():
     start = copy.deepcopy(student.state_dict())
     for _ in range(2):
         letkd.train_step(student, teacher, targets, torch.optim.SGD(student.parameters(), 0.1),
-                         images, labels, ARGUMENTS)
+                         images, labels, flags())
     assert all(torch.equal(a, b) for a, b in zip(teacher.state_dict().values(),
                                                  before[0].values()))
     assert not teacher.training and all(p.grad is None for p in teacher.parameters())
@@ -688,135 +645,174 @@ def test_teacher_and_targets_never_move():
                    if value.is_floating_point() and "alpha" not in name)
 
 
-def test_controls_of_the_step():
-    """No teacher: CE alone. No targets: KD, T = 4, on the logits."""
-    student, teacher, _, images, labels = tiny_setup(0)
+@pytest.mark.parametrize("supervision", ["none", "logits"])
+@pytest.mark.parametrize("layers", [0, 2])
+def test_control_steps_against_autograd_by_hand(supervision, layers):
+    """CE alone, or with T^2 KL to the teacher's logits, T = 4; the templates have no loss."""
+    student, teacher, _, images, labels = tiny_setup(layers)
     with torch.no_grad():
-        z_t, z_s = teacher(images)[:, :4], copy.deepcopy(student)(images)
-    found, _ = letkd.train_step(student, None, None, still(student), images, labels, ARGUMENTS)
-    assert found.keys() == {"ce"}
+        z_t = teacher(images)[:, :4]
     teacher.forward_head = lambda maps: z_t
-    found, _ = letkd.train_step(student, teacher, None, still(student), images, labels, ARGUMENTS)
-    p_t, p_s = (softmax(z.double().numpy() / 4) for z in (z_t, z_s))
-    assert found["kl"].item() == pytest.approx(16 * kl(p_t, p_s).mean(), rel=1e-3)
+    twin = copy.deepcopy(student)
+    found, logits = letkd.control_step(student, teacher if supervision == "logits" else None,
+                                       still(student), images, labels, flags(supervision))
+    z_s = twin(images)
+    loss = -z_s.log_softmax(1)[torch.arange(24), labels].mean()
+    assert torch.equal(logits, z_s) and found["ce"].item() == pytest.approx(loss.item(), rel=1e-5)
+    assert found.keys() == ({"ce", "kl"} if supervision == "logits" else {"ce"})
+    if supervision == "logits":
+        p_t, p_s = (softmax(z.detach().double().numpy() / 4) for z in (z_t, z_s))
+        assert found["kl"].item() == pytest.approx(16 * kl(p_t, p_s).mean(), rel=1e-3)
+        loss = loss - 16 * (F.softmax(z_t / 4, 1) * F.log_softmax(z_s / 4, 1)).sum(1).mean()
+    loss.backward()
+    for ours, theirs in zip(student.parameters(), twin.parameters()):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-6)
+    assert all(p.grad is None for p in teacher.parameters()) and not teacher.training
 
 
 def test_learning_rates():
     exponents = [round(float(np.log10(0.05 / rate))) for rate in letkd.learning_rates(0.05, 240)]
     assert exponents == [0] * 150 + [1] * 30 + [2] * 30 + [3] * 30
-    exponents = [round(float(-np.log10(rate))) for rate in letkd.learning_rates(
-        1, 100, letkd.parse_args("--dataset imagenet --device cpu".split()).drops)]
+    imagenet = letkd.parse_args("--dataset imagenet --device cpu --learning-rate 1".split())
+    exponents = [round(float(-np.log10(rate))) for rate in letkd.rates_of(imagenet)]
     assert exponents == [0] * 30 + [1] * 30 + [2] * 30 + [3] * 10
+    for name in ("cifar100", "shapes"):
+        found = letkd.parse_args(f"--dataset {name} --device cpu --epochs 16".split())
+        lr = found.learning_rate
+        wanted = [lr] * 10 + [lr / 10] * 2 + [lr / 100] * 2 + [lr / 1000] * 2
+        assert letkd.rates_of(found) == pytest.approx(wanted)
 
 
 def test_the_paper_scale_defaults():
     found = letkd.parse_args("--dataset cifar100 --device cpu".split())
     assert (found.teacher, found.student, found.words, found.per_class, found.dimensions,
             found.epochs, found.batch_size, found.learning_rate, found.weight_decay,
-            found.momentum, found.nesterov) == (
-        "resnet56", "resnet20", 4096, 8, 60, 240, 64, 0.05, 5e-4, 0.9, True)
+            found.momentum, found.layers, found.alpha, found.supervision) == (
+        "resnet56", "resnet20", 4096, 8, 60, 240, 64, 0.05, 5e-4, 0.9, 2, 1, "teacher")
     optimizer = common.sgd(nn.Linear(2, 2).parameters(), found)
     assert optimizer.defaults["nesterov"] and optimizer.defaults["momentum"] == 0.9
 
 
-@pytest.mark.parametrize("flags, word", [
+@pytest.mark.parametrize("typed, word", [
     ("--layers 3", "--layers"), ("--alpha -1", "--alpha"), ("--supervision both", "--supervision"),
     ("--words 1", "--words"), ("--per-class 0", "--per-class"), ("--dimensions 0", "--dimensions"),
     ("--rows 0", "--rows"), ("--teacher-weights a b", "--teacher-weights"),
     ("--student nonsense", "nonsense"), ("--alpha x", "--alpha"),
-    ("--alpha 0 --supervision none", "student alone")])
-def test_argument_errors_are_one_line(flags, word, capsys):
-    with pytest.raises(SystemExit) as stop:
-        letkd.parse_args(flags.split())
-    out, err = capsys.readouterr()
-    assert (stop.value.code, out) == (2, "") and word in err, err
-    assert err.count("\n") == 1 and err.endswith("\n")
+    ("--alpha 0 --supervision none", "student alone"),
+    ("--supervision logits --layers 1", "--layers"), ("--supervision logits --alpha 0", "--alpha")])
+def test_argument_errors_are_one_line(typed, word, capsys):
+    assert word in refused("letkd", typed, capsys)
+
+
+@pytest.mark.parametrize("command", readme_commands("letkd"))
+def test_documented_commands_parse(command):
+    letkd.parse_args(command.split())
+
+
+def test_layers_start_from_the_seed():
+    a, b, c = (letkd.build_student("resnet8", 10, 16, 5, 6, seed=seed) for seed in (1, 1, 2))
+    assert same(a.state_dict(), b.state_dict())
+    assert not torch.equal(a.penult.match.weight, c.penult.match.weight)
+    assert isinstance(a.inter.match, CosineConv1x1)
 
 
 # ------------------------------------------------------------------------------------------ runs
-TINY = ("--device cpu --teacher resnet8 --student resnet8x0.5 --epochs 2 --batch-size 50 "
-        "--words 12 --per-class 2 --rows 1500")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def few_shapes():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common, "SHAPES_TRAIN", 260)
-        patch.setattr(common, "SHAPES_TEST", 100)
-        yield
+TINY = "--words 12 --per-class 2 --rows 1500 "
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """run(out, flags): `python letkd.py` in this process; returns what it printed."""
-    cache = tmp_path_factory.mktemp("cache")
+def play(run):
+    """play(folder, flags): a tiny run of two epochs; what it printed."""
+    return lambda folder, typed="": run("letkd", folder, TINY + typed)
 
-    def call(out, flags=""):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys, "argv", ["letkd.py", *TINY.split(), "--out", str(out), "--cache",
-                                        str(cache), *flags.split()])
-            with contextlib.redirect_stdout(io.StringIO()) as printed:
-                letkd.main()
-        return printed.getvalue()
-    call.cache = cache
-    return call
+
+def parsed(typed):
+    """The arguments of the run of the first seed."""
+    return next(common.each_seed(letkd.parse_args(
+        f"--device cpu --teacher resnet8 --student resnet8x0.5 {typed}".split())))
 
 
 @pytest.fixture(scope="module")
-def whole(run, tmp_path_factory):
+def whole(play, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
-    return Namespace(folder=folder, printed=run(folder))
+    return Namespace(folder=folder, printed=play(folder, "--compare"))
 
 
-def weights(path):
-    return torch.load(path, weights_only=True)
-
-
-def result_of(folder):
-    return json.loads((folder / "result.json").read_text())
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def table(printed):
-    lines = printed.split("\nLetKD on ")[-1].splitlines()[1:]
-    header, *rows = [re.split(r" {2,}", line.strip()) for line in lines if line.strip()]
-    return {row[0]: dict(zip(header[1:], row[1:])) for row in rows}
-
-
-def shapes_data():
-    return common.load_data("shapes", None, None, 1.0, 0, 0, 0, torch.device("cpu"))
-
-
-def loaded(folder, **flags):
-    """The lines of the README."""
+def loaded(folder, **templates):
+    """As a reader of the documentation loads a student."""
     student = letkd.build_student("resnet8x0.5", classes=20, image_size=16,
-                                  **{"inter": 40, "penult": 12, **flags})
+                                  **{"inter": 40, "penult": 12, **templates})
     student.load_state_dict(weights(folder / "student.pt"))
     return student.eval()
 
 
-def test_the_default_run_prints_teacher_student_and_capacity(whole):
+def test_every_control_and_its_capacity(whole):
+    """Names in order; the flags of each; parameters and multiply-adds by eq. (17)."""
     found = table(whole.printed)
-    assert list(found) == ["teacher", "student alone", "letKD-2"]
-    counts = [int(found[name]["params"].replace(",", "")) for name in found]
+    assert list(found) == ["teacher", "student alone", "letKD-2", *list(letkd.CONTROLS)[:4]]
+    flags_of = {name: result_of(whole.folder / name)["arguments"] for name in (
+        ".", "kd", "unsupervised-layers", "auxiliary-heads", "letKD-1")}
+    assert [[one["supervision"], one["layers"], one["alpha"]] for one in flags_of.values()] == [
+        ["teacher", 2, 1], ["logits", 2, 1], ["none", 2, 1], ["teacher", 2, 0], ["teacher", 1, 1]]
     plain = letkd.cost(common.build_model("resnet8x0.5", 20, 16), 16)
-    extra = 2 * 32 * 52 + 2 * 52 + 4
-    assert counts[1:] == [plain[0], plain[0] + extra]
-    assert int(found["letKD-2"]["madds"].replace(",", "")) == plain[1] + 2 * 32 * 52 * 16
-    rows = result_of(whole.folder)["rows"]
-    assert [row["epoch"] for row in rows] == [1, 2]
-    for key in ("ce", "penult", "inter", "s_q_i", "s_v_i", "fire_i", "s_q_p", "s_v_p", "fire_p"):
-        assert all(np.isfinite(row[key]) for row in rows)
+    extra = {"letKD-2": 52, "unsupervised layers": 52, "letKD-1": 12}  # templates
+    for name, row in list(found.items())[1:]:
+        K = extra.get(name, 0)
+        size, adds = (int(row[column].replace(",", "")) for column in ("params", "madds"))
+        assert size == plain[0] + 2 * 32 * K + 2 * K + 2 * (K > 0) + 2 * (K == 52)
+        assert adds == plain[1] + 2 * 32 * K * 16
+    assert found["unsupervised layers"]["agree"] == found["kd"]["fire_p"] == "-"
+    assert found["letKD-1"]["probe_x_hat"] == found["letKD-1"]["entropy"] == "-"
+    heads = found["auxiliary heads"]
+    assert heads["probe_x"] == heads["probe_x_hat"] and heads["agree"] != "-"
+
+
+def test_the_log_of_an_epoch(whole):
+    before, after = ["epoch", "lr", "ce"], ["train", "img/s", "s", "test"]
+    inter, penult = ([f"s_q_{letter}", f"s_v_{letter}", f"fire_{letter}"] for letter in "ip")
+    for folder, columns in (
+            (".", [*before, "penult", "inter", *after, *inter, *penult]),
+            ("kd", [*before, "kl", *after]), ("letKD-1", [*before, "penult", *after, *penult]),
+            ("unsupervised-layers", [*before, *after, *inter, *penult])):
+        rows = result_of(whole.folder / folder)["rows"]
+        assert [list(row) for row in rows] == [columns] * 2
+    for letter, layer in loaded(whole.folder).layers().items():
+        last = {key: float(value) for key, value in log(whole.folder)[-1].items()}
+        assert (last[f"s_q_{letter}"], last[f"s_v_{letter}"]) == (
+            layer.match.scale.item(), layer.value.scale.item())
+        assert 0.5 < last[f"fire_{letter}"] <= 1
+
+
+@pytest.mark.parametrize("typed, taught", [
+    ("--supervision none", 0), ("--supervision logits", 520), ("--layers 1", 520)])
+def test_reported_passes_are_those_made(play, tmp_path, monkeypatch, typed, taught):
+    """Images that enter the student and the teacher in the steps: two epochs of 260."""
+    seen = {"student": 0, "teacher": 0}
+
+    def counting(step):
+        def counted(student, teacher, *rest):
+            def count(module, inputs, _):
+                for name, network in (("student", student), ("teacher", teacher)):
+                    if network is not None and module is network.stem:
+                        seen[name] += len(inputs[0])
+            hook = nn.modules.module.register_module_forward_hook(count)
+            found = step(student, teacher, *rest)
+            hook.remove()
+            return found
+        return counted
+    for name in ("train_step", "control_step"):
+        monkeypatch.setattr(letkd, name, counting(getattr(letkd, name)))
+    play(tmp_path, typed)
+    assert seen == {"student": 520, "teacher": taught}
+    wanted = {"student forward and backward": 520, "teacher forward": taught}
+    assert result_of(tmp_path)["images"] == {key: value for key, value in wanted.items() if value}
 
 
 def test_the_student_runs_alone(whole, monkeypatch):
-    """student.pt, three lines, no teacher, words, table; labels do not matter."""
+    """student.pt, without teacher, words and tables; labels do not matter."""
     student, data = loaded(whole.folder), shapes_data()
     for name in ("word_targets", "decision_targets", "template_loss", "prepare"):
-        monkeypatch.setattr(letkd, name, None)
+        monkeypatch.setattr(letkd, name, forbidden)
     with torch.no_grad():
         logits = student(data.test.normalise(data.test.images))
         right = (logits.argmax(1) == data.test.labels).double().mean().item()
@@ -829,33 +825,30 @@ def test_the_student_runs_alone(whole, monkeypatch):
 def test_measures_by_hand(whole, run):
     """Agreement, softness, entropy and both probes from the saved student, in numpy."""
     student, data = loaded(whole.folder), shapes_data()
-    folder = next(run.cache.glob("shapes-resnet8-2-*"))
-    teacher = common.build_model("resnet8", 20, 16)
-    teacher.load_state_dict(weights(folder / "epoch-0002.pt"))
-    teacher = common.frozen(teacher)
-    words = weights(next(run.cache.glob("shapes-resnet8-words-*.pt")))["words"].double().numpy()
-    decisions = weights(next(run.cache.glob("shapes-resnet8-decisions-*.pt")))
-    assert decisions["table"].shape == (40, 40) and decisions["per_class"] == 2
+    arguments = parsed(f"--epochs 2 --batch-size 50 --cache {run.cache} {TINY}")
+    teacher, _ = letkd.networks_alone(data, arguments)["teacher"]
+    words, decisions = letkd.prepare(teacher, data, arguments)
+    assert decisions.table.shape == (40, 40) and decisions.per_class == 2
     found = result_of(whole.folder)["measures"]
     with torch.no_grad():
         images = data.test.normalise(data.test.images)
         z = letkd.after_tap(teacher, letkd.up_to_tap(teacher, images))
         z = z.movedim(1, 3).flatten(0, 2).double().numpy()
         a = student.forward_scores(images)[2].movedim(1, 3).flatten(0, 2)
-        p_T = softmax(-np.square(z[:, None] - words).sum(2))
+        p_T = softmax(-np.square(z[:, None] - words.double().numpy()).sum(2))
         assert found["agree"] == pytest.approx(
             100 * (p_T.argmax(1) == a.argmax(1).numpy()).mean(), abs=0.2)
         assert found["p_max"] == pytest.approx(p_T.max(1).mean(), rel=1e-3)
-        s_T = decisions["table"].double().numpy()
+        s_T = decisions.table.double().numpy()
         assert found["entropy"] == pytest.approx(
             -(s_T * np.log(np.where(s_T > 0, s_T, 1))).sum(1).mean(), rel=1e-5)
-        pooled = []
+        vectors = []
         for part in (data.train, data.test):
             u = letkd.up_to_tap(student, part.normalise(part.images))
-            pooled.append([maps.mean((2, 3)).double().numpy() for maps in (
+            vectors.append([maps.mean((2, 3)).double().numpy() for maps in (
                 u, student.inter(u)[0])])
     for index, key in enumerate(("probe_x", "probe_x_hat")):
-        X, y, T = pooled[0][index], data.train.labels.numpy(), pooled[1][index]
+        X, y, T = vectors[0][index], data.train.labels.numpy(), vectors[1][index]
         mu = np.stack([X[y == c].mean(0) for c in range(20)])
         S = np.linalg.pinv((X - mu[y]).T @ (X - mu[y]) / (len(X) - 20), rcond=1e-6, hermitian=True)
         # the linear discriminant functions, equal priors
@@ -864,86 +857,79 @@ def test_measures_by_hand(whole, run):
         assert found[key] == pytest.approx(right, abs=1.01)  # of 100 images, one may lie between
 
 
-@pytest.mark.parametrize("calls", [3, 6 + 2])  # in the first epoch (no checkpoint), in the second
-def test_a_stopped_run_goes_on_bit_for_bit(whole, run, tmp_path, monkeypatch, calls):
-    with monkeypatch.context() as patch:
-        count, original = itertools.count(1), letkd.train_step
+def test_a_stopped_run_goes_on_bit_for_bit(whole, play, tmp_path, monkeypatch):
+    """In the second epoch of letKD-2, then in the second epoch of a control."""
+    for function, call in (("train_step", 6 + 2), ("control_step", 6 + 2)):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            stopped(patch, letkd, function, call)
+            play(tmp_path, "--compare --resume")
+    assert not (tmp_path / "letKD-1").exists()
+    printed = play(tmp_path, "--compare --resume")
+    folders = [".", "kd", "unsupervised-layers", "auxiliary-heads", "letKD-1"]
+    assert all(same_run(tmp_path / name, whole.folder / name) for name in folders)
 
-        def stopping(*args):
-            if next(count) == calls:
-                raise KeyboardInterrupt
-            return original(*args)
-        patch.setattr(letkd, "train_step", stopping)
-        with pytest.raises(KeyboardInterrupt):
-            run(tmp_path)
-    run(tmp_path, "--resume")
-    assert same(weights(tmp_path / "student.pt"), weights(whole.folder / "student.pt"))
-    ours, theirs = result_of(tmp_path), result_of(whole.folder)
-    timed = ("s", "img/s", "seconds")
-    for a, b in zip(ours["rows"] + [ours["measures"]], theirs["rows"] + [theirs["measures"]]):
-        assert {k: v for k, v in a.items() if k not in timed} == {
-            k: v for k, v in b.items() if k not in timed}
+    def untimed(printed):
+        return {name: {key: value for key, value in row.items() if key != "seconds"}
+                for name, row in table(printed).items()}
+    assert untimed(printed) == untimed(whole.printed)
 
 
-def test_a_finished_run_is_refused_or_read(whole, run):
-    with pytest.raises(common.InputError, match="finished"):
-        run(whole.folder)
-    assert table(run(whole.folder, "--resume")) == table(whole.printed)
+@pytest.mark.parametrize("typed, chosen, layers, alpha", [
+    ("--alpha 0 --layers 1", "auxiliary heads", "p", 1),
+    ("--alpha 0.5", "letKD-2, alpha 0.5", "ip", 0.5),
+    ("--supervision none", "unsupervised layers", "ip", 1),
+    ("--supervision logits", "kd", "ip", 1)])
+def test_controls_of_other_choices(tmp_path, typed, chosen, layers, alpha):
+    """What would be run, without running it: layers and alpha of each; nothing is run twice."""
+    arguments, data, kinds = parsed(f"--compare --out {tmp_path} {typed}"), shapes_data(), {}
+    for name, typed_flags, _ in common.planned_runs(arguments, data, letkd.name_of(arguments),
+                                                    letkd.CONTROLS):
+        found = letkd.new_student(data, typed_flags).layers()
+        kinds[name] = "".join(found), *{layer.alpha.item() for layer in found.values()}
+    assert list(kinds) == [chosen, *(name for name in letkd.CONTROLS if name != chosen)]
+    wanted = {"kd": ("",), "unsupervised layers": (layers, alpha), "auxiliary heads": (layers, 0),
+              "letKD-1": ("p", 1), "letKD-2": ("ip", 1), "letKD-2, alpha 0.5": ("ip", 0.5)}
+    assert kinds == {name: wanted[name] for name in kinds}
 
 
-def test_compare_prints_every_control(whole, run, tmp_path):
-    found = table(run(tmp_path, "--compare"))
-    assert set(found) == {"teacher", "student alone", "KD on logits", "2 unsupervised layers",
-                          "2 auxiliary heads, alpha 0", "letKD-1", "letKD-2"}
-    assert list(found)[-1] == "letKD-2"
-    own = table(whole.printed)
-    for name in own:
-        assert {k: v for k, v in own[name].items() if k != "seconds"} == {
-            k: v for k, v in found[name].items() if k != "seconds" and k in own[name]}
-    size = {name: int(row["params"].replace(",", "")) for name, row in found.items()}
-    assert size["student alone"] == size["KD on logits"] == size["2 auxiliary heads, alpha 0"]
-    assert size["2 unsupervised layers"] == size["letKD-2"] > size["letKD-1"]
-    assert found["2 unsupervised layers"]["agree"] == "-"
-    assert found["letKD-1"]["probe_x_hat"] == "-"
-    aux = found["2 auxiliary heads, alpha 0"]
-    assert aux["probe_x"] == aux["probe_x_hat"]
-    kinds = {folder: result_of(tmp_path / folder)["arguments"] for folder in (
-        "unsupervised", "alpha-0")}
-    assert [kinds["unsupervised"][k] for k in ("alpha", "supervision")] == [1, "none"]
-    assert [kinds["alpha-0"][k] for k in ("alpha", "supervision")] == [0, "teacher"]
-    images = result_of(tmp_path / "unsupervised")["images"]
-    assert images == {"student forward and backward": 520}
-
-
-def test_no_teacher_is_run_without_supervision(run, tmp_path, monkeypatch):
+def test_no_teacher_is_run_without_supervision(play, tmp_path, monkeypatch):
     trained, original = [], letkd.train_network
-    monkeypatch.setattr(letkd, "train_network", lambda name, *rest, **flags: trained.append(
-        name) or original(name, *rest, **flags))
-    found = table(run(tmp_path, "--supervision none --layers 1 --seed 5"))
-    assert list(found) == ["student alone", "1 unsupervised layer"]
-    assert trained == ["resnet8x0.5"]
+    monkeypatch.setattr(letkd, "train_network", lambda name, *rest, **settings: trained.append(
+        name) or original(name, *rest, **settings))
+    monkeypatch.setattr(letkd, "prepare", forbidden)
+    found = table(play(tmp_path, "--supervision none --layers 1 --epochs 1"))
+    assert list(found) == ["student alone", "unsupervised layers"] and trained == ["resnet8x0.5"]
     assert same(weights(tmp_path / "student.pt"), loaded(tmp_path, inter=0).state_dict())
 
 
-def test_targets_are_cached_and_belong_to_their_teacher(run, tmp_path, monkeypatch):
-    kept = set(run.cache.glob("*-words-*"))
-    monkeypatch.setattr(letkd, "fit_words", None)  # would fail if called
-    run(tmp_path / "again", "--alpha 0.5")
-    assert set(run.cache.glob("*-words-*")) == kept
-    monkeypatch.undo()
-    for flags in ("--words 13", "--seed 3", "--rows 600"):
-        before = set(run.cache.glob("*-words-*"))
-        run(tmp_path / flags.replace(" ", ""), f"{flags} --epochs 1")
-        assert len(set(run.cache.glob("*-words-*")) - before) == 1
-    assert loaded(tmp_path / "again").penult.alpha.item() == 0.5  # student.pt knows alpha
+def test_targets_are_cached_and_belong_to_their_teacher(tmp_path, monkeypatch):
+    """One file for each teacher and each flag that changes them, and for no other flag."""
+    data, fitted, files = shapes_data(), {}, 0
+    teacher, other = (common.frozen(common.build_model("resnet8", 20, 16, seed)) for seed in (1, 2))
+    for network, typed in ((teacher, ""), (other, ""), (teacher, "--words 13"),
+                           (teacher, "--rows 600"), (teacher, "--per-class 1"),
+                           (teacher, "--dimensions 3"), (teacher, "--seed 1")):
+        fitted[network, typed] = letkd.prepare(network, data, parsed(
+            f"--cache {tmp_path} {TINY} {typed}"))
+        files += 1
+        assert len([*tmp_path.glob("shapes-resnet8-targets-*.pt")]) == files
+    assert fitted[teacher, "--words 13"].words.shape == (13, 64)
+    assert fitted[teacher, "--dimensions 3"].decisions.weight.shape == (3, 64)
+    monkeypatch.setattr(letkd, "teacher_features", forbidden)
+    for (network, typed), found in fitted.items():
+        again = letkd.prepare(network, data, parsed(
+            f"--cache {tmp_path} {TINY} {typed} --alpha 0.5 --layers 1 --learning-rate 3"))
+        assert torch.equal(again.words, found.words)
+        assert all(torch.equal(a, b) for a, b in zip(again.decisions[:4], found.decisions[:4]))
+        assert again.decisions.per_class == found.decisions.per_class
 
 
-def test_rows_are_the_teachers_own(run):
-    """Every kept row is a location of its image, with its label; equally many an image."""
+def test_features_are_the_teachers_own():
+    """Every row is a location of its image, with its label; equally many an image."""
     data = shapes_data()
     teacher = common.frozen(common.build_model("resnet8", 20, 16, 1))
-    args = Namespace(seed=0, rows=1500, precision="fp32", device=torch.device("cpu"))
-    inter, penult, labels = letkd.teacher_rows(teacher, data, [4, 4], args)
+    args = Namespace(**vars(flags()), seed=0, rows=1500)
+    inter, penult, labels = letkd.teacher_features(teacher, data, [4, 4], args)
     assert len(inter) == len(penult) == len(labels) == 260 * 5
     with torch.no_grad():
         z = letkd.up_to_tap(teacher, data.train.normalise(data.train.images))
@@ -955,86 +941,67 @@ def test_rows_are_the_teachers_own(run):
             assert gap.min(1).values.max() < 1e-4 and len(set(gap.argmin(1).tolist())) == 5
             assert set(labels[5 * n:5 * n + 5].tolist()) == {int(data.train.labels[n])}
     args.rows = 100  # fewer than images: some images, one location each
-    assert len(letkd.teacher_rows(teacher, data, [4, 4], args)[0]) == 100
+    assert len(letkd.teacher_features(teacher, data, [4, 4], args)[0]) == 100
     args.rows = 10**6
-    every = letkd.teacher_rows(teacher, data, [2, 2], args)[0]
+    every = letkd.teacher_features(teacher, data, [2, 2], args)[0]
     assert every.shape == (260 * 4, 64)
     wanted = F.avg_pool2d(z[:1], 2).movedim(1, 3).flatten(0, 2)
     assert sorted(every[:4].sum(1).tolist()) == pytest.approx(sorted(wanted.sum(1).tolist()),
                                                               rel=1e-4)
 
 
-@pytest.mark.parametrize("flags, word", [
+@pytest.mark.parametrize("typed, word", [
     ("--words 5000", "--words 5000"), ("--per-class 200", "--per-class 200"),
-    ("--rows 30 --words 12", "--per-class 2"),
-    ("--teacher vgg8 --image-size 16", "divide"), ("--batch-size 500", "--batch-size"),
+    ("--rows 30 --words 12", "--per-class 2"), ("--words 31 --rows 30 --per-class 1", "only 30"),
+    ("--teacher vgg8 --image-size 16", "divide"),
     ("--teacher-weights missing.pt", "missing.pt")])
-def test_what_does_not_fit_is_refused_before_any_training(run, tmp_path, flags, word):
+def test_what_does_not_fit_is_refused_before_any_training(play, tmp_path, monkeypatch, typed, word):
+    monkeypatch.setattr(letkd, "train_network", forbidden)
     with pytest.raises(common.InputError, match=word):
-        run(tmp_path / "out", flags)
-    assert not (tmp_path / "out" / "checkpoint.pt").exists()
+        play(tmp_path / "out", typed)
+    assert not [*tmp_path.rglob("*.pt"), *tmp_path.rglob("*.json")]
 
 
-def test_open_set_teacher_weights_and_seeds(run, tmp_path):
+def test_open_set_teacher_weights_and_seeds(play, tmp_path):
     teacher = common.build_model("resnet8", 16, 16, 4)
-    common.save_weights(teacher.state_dict(), tmp_path / "teacher.pt")
-    found = table(run(tmp_path / "out", f"--open-set 4 --seed 0 1 --teacher-weights "
-                                        f"{tmp_path / 'teacher.pt'}"))
+    torch.save(teacher.state_dict(), tmp_path / "teacher.pt")
+    found = table(play(tmp_path / "out", f"--epochs 1 --open-set 4 --seed 0 1 --teacher-weights "
+                                         f"{tmp_path / 'teacher.pt'}"))
     assert "±" in found["letKD-2"]["rank1"] and "±" in found["letKD-2"]["verification"]
+    assert found["teacher"]["epochs"] == found["teacher"]["seconds"] == "-"
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"seed-0", "seed-1"}
 
 
-def test_pictures(run, whole, tmp_path):
+def test_pictures(whole, monkeypatch):
     pytest.importorskip("matplotlib")
-    run(tmp_path, "--plot")
-    assert {path.name for path in tmp_path.glob("*.png")} == {"layers.png", "subclasses.png"}
-    run(tmp_path / "none", "--plot --supervision none")
-    assert {path.name for path in (tmp_path / "none").glob("*.png")} == {"layers.png"}
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    figures = importlib.import_module("figures")
+    figures.main(whole.folder)
+    figures.main(whole.folder / "unsupervised-layers")
+    names = {"layers.png", "subclasses.png"}
+    assert {path.name for path in whole.folder.glob("*.png")} == names
+    assert not (whole.folder / "unsupervised-layers" / "subclasses.png").exists()
+    drawn = figures.letkd(whole.folder, result_of(whole.folder))
+    terms, _, fire = drawn["layers.png"].axes
+    rows = log(whole.folder)
+    for line, name in zip(terms.lines, ("ce", "penult", "inter"), strict=True):
+        assert line.get_ydata() == pytest.approx([float(row[name]) for row in rows])
+    assert [line.get_label() for line in fire.lines] == ["fire, inter", "fire, penult"]
+    image, places, bars = drawn["subclasses.png"].axes[:3]
+    label, k = int(image.get_title().split()[-1]), 2
+    assert label == int(shapes_data().test.labels[0])
+    shown = places.images[0].get_array()
+    assert shown.shape == (4, 4) and shown.min() >= 0 and shown.max() < k
+    assert len(bars.containers) == len(np.unique(shown))
+    for container in bars.containers:  # a row of s_T each
+        assert sum(bar.get_height() for bar in container) == pytest.approx(1, abs=1e-5)
 
 
-def test_the_student_learns_the_shapes_and_the_words(tmp_path, run, monkeypatch):
-    monkeypatch.setattr(common, "SHAPES_TRAIN", 1500)
-    run(tmp_path, "--epochs 8 --batch-size 32")
+def test_the_student_learns_the_shapes_and_the_words(tmp_path, play, monkeypatch):
+    monkeypatch.setattr(common, "SHAPES_TRAIN", 500)
+    play(tmp_path, "--epochs 5 --batch-size 20")
     result = result_of(tmp_path)
     assert result["last_test"] > 25
     assert result["measures"]["agree"] > 3 * 100 / 12
     rows = result["rows"]
     assert rows[-1]["penult"] < 0.7 * rows[0]["penult"] and rows[-1]["inter"] < rows[0]["inter"]
-
-
-def test_a_loss_that_is_not_finite_stops(run, tmp_path):
-    with pytest.raises(common.InputError, match="not finite"):
-        run(tmp_path, "--learning-rate 1e30")
-
-
-def readme_commands():
-    found = re.findall(r"python letkd\.py[^`\n|]*", (ROOT / "README.md").read_text())
-    return sorted({command.strip() for command in found})
-
-
-@pytest.mark.parametrize("command", readme_commands())
-def test_commands_of_the_readme(command, tmp_path, run, monkeypatch):
-    """Every command is parsed as typed; those on the embedded set are run, made tiny."""
-    flags = shlex.split(command)[2:]
-    if "--plot" in flags:
-        pytest.importorskip("matplotlib")
-    letkd.parse_args(flags)
-    if "--dataset" not in flags:
-        monkeypatch.chdir(tmp_path)
-        tiny = ["--epochs", "1", "--batch-size", "20"]
-        run(tmp_path / "out", " ".join([*flags, *tiny]))
-
-
-def test_help_is_quick_and_complete():
-    found = subprocess.run([sys.executable, "letkd.py", "--help"], cwd=ROOT, text=True,
-                           capture_output=True, timeout=20)
-    assert found.returncode == 0
-    for flag in ("--layers", "--alpha", "--supervision", "--words", "--per-class", "--dimensions"):
-        assert flag in found.stdout
-
-
-def test_layers_start_from_the_seed():
-    a, b, c = (letkd.build_student("resnet8", 10, 16, 5, 6, seed=seed) for seed in (1, 1, 2))
-    assert same(a.state_dict(), b.state_dict())
-    assert not torch.equal(a.penult.match.weight, c.penult.match.weight)
-    assert isinstance(a.inter.match, CosineConv1x1)
