@@ -533,21 +533,21 @@ def test_pooled():
     assert letkd.pooled(maps, 2).flatten().tolist() == [2.5, 4.5, 10.5, 12.5]
 
 
-def tiny_setup(layers=2, alpha=1.0):
+def tiny_setup(layers=2, alpha=1.0, name="resnet14", size=16):
     """Student, frozen teacher, targets, a batch."""
-    images, labels, _ = common.make_shapes(24, 16, 0)
+    images, labels, _ = common.make_shapes(24, size, 0)
     images = images.float() / 255 - 0.4
-    teacher = common.frozen(common.build_model("resnet14", 20, 16, 9))
+    teacher = common.frozen(common.build_model("resnet14", 20, size, 9))
     with torch.no_grad():
         z = letkd.up_to_tap(teacher, images)
         rows = [maps.movedim(1, 3).flatten(0, 2) for maps in (z, letkd.after_tap(teacher, z))]
     generator = torch.Generator().manual_seed(0)
     labels = labels % 4
-    decisions = letkd.fit_decisions(rows[0], labels.repeat_interleave(16), 4, 3,
+    decisions = letkd.fit_decisions(rows[0], labels.repeat_interleave(len(rows[0]) // 24), 4, 3,
                                     generator=generator)
     targets = letkd.Targets(letkd.fit_words(rows[1], 10, generator), decisions)
-    student = letkd.build_student("resnet14", 4, 16, 12 if layers == 2 else 0,
-                                  10 if layers else 0, alpha)
+    student = letkd.build_student(name, 4, size, 12 if layers == 2 else 0, 10 if layers else 0,
+                                  alpha)
     return student, teacher, targets, images, labels
 
 
@@ -602,17 +602,21 @@ def test_gradient_routing(loss, alpha, wanted, monkeypatch):
     assert reached(student) == wanted and len(values) == 3
 
 
-@pytest.mark.parametrize("layers, terms", [(1, {"ce", "penult"}), (2, {"ce", "penult", "inter"})])
-def test_a_step_against_autograd_by_hand(layers, terms):
+@pytest.mark.parametrize("layers, terms, name, size", [
+    (1, {"ce", "penult"}, "resnet14", 16), (2, {"ce", "penult", "inter"}, "resnet14", 16),
+    (2, {"ce", "penult", "inter"}, "vgg8", 32)])  # the teacher's maps are twice as large
+def test_a_step_against_autograd_by_hand(layers, terms, name, size):
     """Values of the terms, and every gradient of (15) and (16), written out with other calls."""
-    student, teacher, targets, images, labels = tiny_setup(layers)
+    student, teacher, targets, images, labels = tiny_setup(layers, 1.0, name, size)
     twin = copy.deepcopy(student)
     found, logits = letkd.train_step(student, teacher, targets, still(student), images, labels,
                                      flags())
     assert found.keys() == terms
     with torch.no_grad():
         z = letkd.up_to_tap(teacher, images)
-        p_words = letkd.word_targets(letkd.after_tap(teacher, z), targets.words)
+        z, z_penult = (maps.unflatten(3, (4, -1)).unflatten(2, (4, -1)).mean((3, 5))
+                       for maps in (z, letkd.after_tap(teacher, z)))  # (24,64,4,4)
+        p_words = letkd.word_targets(z_penult, targets.words)
         p_inter = letkd.decision_targets(z, labels, targets.decisions)
     u = letkd.up_to_tap(twin, images)
     loss = 0
@@ -781,6 +785,22 @@ def test_the_log_of_an_epoch(whole):
         assert (last[f"s_q_{letter}"], last[f"s_v_{letter}"]) == (
             layer.match.scale.item(), layer.value.scale.item())
         assert 0.5 < last[f"fire_{letter}"] <= 1
+
+
+def test_firing_is_counted_in_each_epoch_anew(play, tmp_path, monkeypatch):
+    """From the second epoch on, no template of `inter` can fire."""
+    steps, original = [], letkd.train_step
+
+    def silenced(student, *rest):
+        steps.append(0)
+        if len(steps) > 6:
+            student.inter.norm.weight.data.zero_()
+            student.inter.norm.bias.data.fill_(-1)
+        return original(student, *rest)
+    monkeypatch.setattr(letkd, "train_step", silenced)
+    play(tmp_path)
+    first, second = result_of(tmp_path)["rows"]
+    assert first["fire_i"] > 0.5 and second["fire_i"] == 0 and second["fire_p"] > 0.5
 
 
 @pytest.mark.parametrize("typed, taught", [
