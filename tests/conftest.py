@@ -131,7 +131,7 @@ def readme_commands(script):
     """The commands with which README.md and docs/ call a script, without `python NAME.py`."""
     pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
     return sorted({match for page in pages for match in re.findall(
-        rf"python {script}\.py([^`\n|]*)", page.read_text())})
+        rf"python {script}\.py(?! --help)([^`\n|]*)", page.read_text())})
 
 
 def tiny_cifar(folder, monkeypatch, name="cifar100"):
