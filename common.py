@@ -32,6 +32,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+SHAPES = {  # one recipe on the embedded set for all scripts, so that their tables can be compared
+    "teacher": "resnet14", "student": "resnet8x0.5", "epochs": 12, "batch_size": 64,
+    "learning_rate": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}
 DATASETS = ("shapes", "fashionmnist", "cifar10", "cifar100", "tinyimagenet", "imagenet", "folder")
 
 
@@ -120,7 +123,7 @@ def parse(parser, argv=None):
     defaults = parser.chosen_defaults
     for flag, value in (defaults(arguments) if callable(defaults)
                         else defaults[arguments.dataset]).items():
-        if getattr(arguments, flag) is None:
+        if getattr(arguments, flag, None) is None:
             setattr(arguments, flag, value)
     for name in np.hstack([arguments.teacher, arguments.student]).tolist():
         if name not in MODELS and _resnet_plan(name) is None:
@@ -345,7 +348,8 @@ def load_data(arguments, validation=0.0):
     """The data set that the flags name, as `Data`; prints what it is.
 
     --train-fraction keeps that share of each class; then the share `validation` (at most about
-    10,000 images) is held out of it; both are drawn by --seed. --open-set K keeps the last K
+    10,000 images) is held out of it; both are drawn by --seed. (Of shapes, as many images are drawn
+    besides: all scripts train on the same, and share their teacher.) --open-set K keeps the last K
     classes out of all parts but `unseen`, and out of the class count. A folder without a test part
     is split 80/20 per class by the seed, and all images of its K unseen classes are `unseen`.
     Raises InputError when files are missing, empty or damaged.
@@ -409,6 +413,9 @@ def _split(arguments, validation):
     if arguments.train_fraction < 1:
         train = _take(train, stratified(train[1], arguments.train_fraction, generator))
     held = torch.zeros(len(train[1]), dtype=torch.bool)
+    if validation and name == "shapes":
+        held = make_shapes(round(validation * SHAPES_TRAIN), size, 2)[:2]
+        return name, size, known, [train, _take(held, held[1] < known), test, unseen]
     if validation:
         share = min(validation, 10_000 / len(train[1]))
         held[stratified(train[1], share, generator)] = True
@@ -1153,6 +1160,13 @@ def sgd(parameters, arguments):
     nesterov = arguments.momentum > 0 and getattr(arguments, "nesterov", False)
     return torch.optim.SGD(parameters, arguments.learning_rate, arguments.momentum,
                            weight_decay=arguments.weight_decay, nesterov=nesterov, fused=True)
+
+
+def step_rates(initial, epochs):
+    """The rate of each epoch, ten times smaller after 5/8, 3/4 and 7/8 of them (150, 180 and 210 of
+    240, as the distillation literature has it)."""
+    return [initial * 0.1 ** sum(8 * e >= part * epochs for part in (5, 6, 7))
+            for e in range(epochs)]
 
 
 def train_network(name, data, learning_rates, arguments, keep=(), seed=0, title="teacher"):

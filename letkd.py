@@ -102,9 +102,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import (
-    InputError, Mean, Network, autocast, base_parser, build_model, each_seed, embeddings, evaluate,
-    evaluating, load_data, load_file, load_frozen, number, parse, planned_runs, print_table,
-    recognition, run_script, save_file, sgd, train_network)
+    SHAPES, InputError, Mean, Network, autocast, base_parser, build_model, each_seed, embeddings,
+    evaluate, evaluating, load_data, load_file, load_frozen, number, parse, planned_runs,
+    print_table, recognition, run_script, save_file, sgd, train_network)
 
 RECIPE = {"learning_rate": 0.05, "momentum": 0.9, "weight_decay": 5e-4, "batch_size": 64}
 CONTROLS = {  # --compare: name -> (the flags it changes, perhaps by the runs before it; why)
@@ -722,7 +722,7 @@ def agreement(student, teacher, targets, data, arguments):
 SMALL = {"teacher": "resnet20", "student": "resnet8x0.5", "epochs": 24, "words": 256,
          "rows": 200_000, **RECIPE}
 DEFAULTS = {  # flags by data set; each can be given by hand
-    "shapes": {**SMALL, "teacher": "resnet14", "epochs": 12, "learning_rate": 0.1},
+    "shapes": {**SMALL, **SHAPES},
     "fashionmnist": SMALL, "cifar10": SMALL, "folder": SMALL, "tinyimagenet": SMALL,
     "cifar100": {**SMALL, "teacher": "resnet56", "student": "resnet20", "epochs": 240,
                  "words": 4096, "rows": 3_200_000},  # all locations of all images

@@ -80,8 +80,8 @@ import torch
 import torch.nn.functional as F
 
 from common import (
-    Mean, autocast, base_parser, build_model, compile_network, each_seed, embeddings, evaluate,
-    frozen, load_data, number, parse, planned_runs, print_table, recognition, run_script,
+    SHAPES, Mean, autocast, base_parser, build_model, compile_network, each_seed, embeddings,
+    evaluate, frozen, load_data, number, parse, planned_runs, print_table, recognition, run_script,
     save_file, sgd, train_network)
 
 RECIPE = {"learning_rate": 0.05, "momentum": 0.9, "weight_decay": 5e-4, "batch_size": 64}
@@ -368,7 +368,7 @@ def measures(student, teacher, anchor, data, arguments):
 # ----------------------------------------------------------------------------------------- 4. flags
 SMALL = {"teacher": "resnet20", "student": "resnet8x0.5", "epochs": 24, **RECIPE}
 DEFAULTS = {  # flags by data set; each can be given by hand
-    "shapes": {**SMALL, "teacher": "resnet14", "epochs": 8, "learning_rate": 0.1},
+    "shapes": SHAPES,
     "fashionmnist": SMALL, "cifar10": SMALL, "folder": SMALL, "tinyimagenet": SMALL,
     "cifar100": {**SMALL, "teacher": "resnet32x4", "student": "resnet8x4", "epochs": 240},
     "imagenet": {**SMALL, "teacher": "resnet50", "student": "resnet18", "epochs": 90,

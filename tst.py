@@ -93,8 +93,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import (
-    InputError, Mean, autocast, base_parser, build_model, compile_network, each_seed, evaluate,
-    evaluating, frozen, load_data, load_file, load_frozen, number, parse, planned_runs,
+    SHAPES, InputError, Mean, autocast, base_parser, build_model, compile_network, each_seed,
+    evaluate, evaluating, frozen, load_data, load_file, load_frozen, number, parse, planned_runs,
     print_table, recognition, run_script, save_file, sgd, train_network)
 
 RECIPE = {"learning_rate": 0.05, "momentum": 0.9, "weight_decay": 5e-4, "batch_size": 64}
@@ -675,7 +675,7 @@ def save_grid(augmenter, data, seed, path):
 SMALL = {"teacher": "resnet20", "student": "resnet8x0.5", "epochs": 8, "fit_steps": 500,
          "temperature": 4.0, **RECIPE}
 DEFAULTS = {  # flags by data set; each can be given by hand
-    "shapes": {**SMALL, "teacher": "resnet14", "epochs": 12, "learning_rate": 0.1},
+    "shapes": {**SMALL, **SHAPES},
     "fashionmnist": SMALL, "cifar10": SMALL, "folder": SMALL, "tinyimagenet": SMALL,
     "cifar100": {**SMALL, "teacher": "resnet32x4", "student": "resnet8x4", "epochs": 240,
                  "fit_steps": 2000, "batch_size": 128, "learning_rate": 0.1, "weight_decay": 1e-4},
