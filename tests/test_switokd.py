@@ -502,8 +502,12 @@ def test_learning_rates():
      [0.1, 0.01, 0.1], (140, 200, 250)),
     ("--dataset imagenet", ["resnet18", "resnet34"], 120, 512, 1e-4, [0.1, 0.1], (31, 61, 91)),
     ("--dataset fashionmnist", ["resnet8x0.5", "resnet20"], 30, 128, 5e-4, [0.1, 0.1],
+     (20, 24, 28)),
+    ("--dataset fashionmnist --schedule paper", ["resnet8x0.5", "resnet20"], 30, 128, 5e-4,
+     [0.1, 0.1], (16, 21, 26)),
+    ("--dataset cifar10 --epochs 30", ["wrn_16_1", "wrn_16_8"], 30, 128, 5e-4, [0.1, 0.1],
      (16, 21, 26)),
-    ("--epochs 30", ["resnet8x0.5", "resnet14"], 30, 128, 5e-4, [0.1, 0.1], (16, 21, 26))])
+    ("", ["resnet8x0.5", "resnet14"], 12, 64, 5e-4, [0.1, 0.1], (9, 10, 12))])
 def test_recipes(flags, networks, epochs, batch, decay, initial, drops):
     """Section 6: networks (students, then teachers), epochs, rates and where they drop (from 1)."""
     arguments = switokd.parse_args(["--device", "cpu", *flags.split()])
@@ -511,6 +515,7 @@ def test_recipes(flags, networks, epochs, batch, decay, initial, drops):
     assert (arguments.epochs, arguments.batch_size, arguments.weight_decay) == (
         epochs, batch, decay)
     assert (arguments.momentum, arguments.temperature, arguments.switch) == (0.9, 1, "adaptive")
+    assert getattr(arguments, "nesterov", False) == (arguments.dataset == "shapes")
     rates = rates_of(arguments)
     assert [rate[0] for rate in rates] == initial
     for rate, first in zip(rates, initial):
@@ -663,23 +668,56 @@ def test_compare_prints_every_control(run, tmp_path):
 
 def test_kd_alone_of_three_networks(run, tmp_path):
     """Frozen teachers leave no loss, no pause and no weights; their training is in the seconds."""
-    flags = f"{TRIO['1t2s']} --switch kd"
+    flags, data = f"{TRIO['1t2s']} --switch kd --open-set 4", shapes_data(open_set=4)
     found, rows = table(run("switokd", tmp_path, flags)), result_of(tmp_path)["rows"]
     assert list(found) == ["each network alone", "kd"]
     assert all(row["L_teacher"] is row["paused"] is None for row in rows)
     assert {path.stem for path in tmp_path.glob("*.pt")} == {"student", "student-1", "student-2"}
-    assert result_of(tmp_path)["images"] == {"each network forward": 2 * 260,
-                                             "each student backward": 2 * 260}
-    (alone,) = [folder for folder in run.cache.glob("shapes-resnet8-2-*") if (
-        result := result_of(folder))["arguments"]["seed"] == 1000
-        and result["arguments"]["classes"] == 20]
-    teacher = common.build_model("resnet8", 20, 16)
-    teacher.load_state_dict(weights(alone / "epoch-0002.pt"))
-    accuracy = common.evaluate(teacher, shapes_data().test, CPU)
+    seen = 2 * len(data.train)
+    assert result_of(tmp_path)["images"] == {"each network forward": seen,
+                                             "each student backward": seen}
+
+    def network(model, file):
+        return common.load_weights(common.build_model(model, 16, 16), file)
+
+    def alone(model, seed):
+        wanted = {"seed": seed, "classes": 16, "train": data.train.fingerprint()}
+        (folder,) = [place for place in run.cache.glob(f"shapes-{model}-2-*")
+                     if wanted.items() <= result_of(place)["arguments"].items()]
+        return folder
+    teacher, student = alone("resnet8", 1000), alone("resnet8x0.5", 1)
+    accuracy = common.evaluate(network("resnet8", teacher / "epoch-0002.pt"), data.test, CPU)
     assert [row["teacher"] for row in rows] == pytest.approx([accuracy] * 2)
     assert found["each network alone"]["teacher"] == f"{accuracy:.2f}"
-    own, before = (sum(row["s"] for row in each) for each in (rows, result_of(alone)["rows"]))
+    own, before = (sum(row["s"] for row in each) for each in (rows, result_of(teacher)["rows"]))
     assert float(found["kd"]["seconds"]) == pytest.approx(own + before, abs=0.51)
+    ranks = {}  # recognition is that of the second, smaller student
+    for run_name, file in (("kd", tmp_path / "student-2.pt"),
+                           ("each network alone", student / "epoch-0002.pt")):
+        ranks[run_name] = common.recognition(network("resnet8x0.5", file), data, CPU)["rank1"]
+        assert found[run_name]["rank1"] == f"{ranks[run_name]:.1f}"
+        assert found[run_name]["epochs"] == "2"
+    other = common.recognition(network("resnet8", tmp_path / "student-1.pt"), data, CPU)["rank1"]
+    assert ranks["kd"] != other  # else nothing was told apart
+
+
+def test_the_loop_takes_what_the_flags_say(run, tmp_path, monkeypatch):
+    """Temperature, rule and precision of every step; a schedule and train mode for each network."""
+    calls, original = [], switokd.train_step
+
+    def spy(students, teachers, optimizers, images, labels, *settings):
+        rates = [optimizers[name].param_groups[0]["lr"] for name in students | teachers]
+        modes = {network.training for network in (students | teachers).values()}
+        calls.append((*settings, modes, rates))
+        return original(students, teachers, optimizers, images, labels, *settings)
+    monkeypatch.setattr(switokd, "train_step", spy)
+    run("switokd", tmp_path, f"{TRIO['1t2s']} --switch fixed:0.4 --temperature 2 --precision bf16 "
+        "--learning-rate 0.3 --student-learning-rate 0.1 0.2 --train-fraction 0.5 --schedule paper")
+    half = len(calls) // 2
+    for k, (*settings, modes, rates) in enumerate(calls):
+        assert settings == [2.0, "fixed:0.4", "bf16"] and modes == {True}
+        first = [0.1, 0.2, 0.3]  # both epochs of (lr): 1, then 1/10
+        assert rates == pytest.approx(first if k < half else [rate / 10 for rate in first])
 
 
 def test_compare_of_named_rules_and_several_seeds(run, tmp_path):
