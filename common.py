@@ -1059,9 +1059,9 @@ class Record:
             if self.saved:
                 load = getattr(part, "set_state", None) or part.load_state_dict
                 load(self.saved["parts"][name])
-        steps = self.folder / "steps.csv"
+        steps, self.size = self.folder / "steps.csv", self.saved.get("steps", 0)
         if steps.exists():  # without what a killed run wrote after its last checkpoint
-            os.truncate(steps, self.saved.get("steps", 0))
+            os.truncate(steps, self.size)
 
     def close_epoch(self, row, epochs, lines=()):
         """Print the row, write log.csv, and the checkpoint; `lines` go to steps.csv.
@@ -1079,11 +1079,12 @@ class Record:
         print("  " + " ".join(f"{cell:>{max(9, len(name))}}" for name, cell in cells.items())
               + "\033[K" * sys.stdout.isatty(), flush=True)
         write_csv(self.rows, self.folder / "log.csv")
-        size = write_csv(lines, self.folder / "steps.csv", "a") if lines else 0
+        if lines:
+            self.size = write_csv(lines, self.folder / "steps.csv", "a")
         state = {name: getattr(part, "get_state", None) or part.state_dict
                  for name, part in self.parts.items()}
         save_file({"settings": self.settings, "rows": self.rows, "state": self.state,
-                   "steps": size, "parts": {name: get() for name, get in state.items()}},
+                   "steps": self.size, "parts": {name: get() for name, get in state.items()}},
                   self.folder / "checkpoint.pt")
 
     def finish(self, weights, **found):
