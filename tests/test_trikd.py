@@ -21,6 +21,7 @@ from trikd import Weights
 DIGITS = 1e-6
 Z_T, Z_S = [[2, 0.5, -1], [0, 1, 0.5]], [[1, 0, 0], [0.5, 0.5, -1]]
 Z_A, Y = [[0, 1, 0], [1, -1, 0]], [0, 2]
+FENCED = Weights(1, 1, 0.1)  # the default
 ONES, FIRST, SECOND = Weights(1, 1, 1), Weights(1, 0.5, 2), Weights(1, 1.5, 0.25)
 
 
@@ -278,13 +279,13 @@ def test_control_step_is_eq_3_with_fixed_networks(roles):
 
 # ------------------------------------------------------------------------------------------ flags
 @pytest.mark.parametrize("typed, T, S", [
-    ("", ONES, ONES), ("--anchor-weight 3", Weights(1, 1, 3), Weights(1, 1, 3)),
+    ("", FENCED, FENCED), ("--anchor-weight 3", Weights(1, 1, 3), Weights(1, 1, 3)),
     ("--label-weight 1 2 --peer-weight 0.5 1.5 --anchor-weight 2 0.25", FIRST,
      Weights(2, 1.5, 0.25)),
-    ("--anchor-on teacher", ONES, Weights(1, 1, 0)),
+    ("--anchor-on teacher", FENCED, Weights(1, 1, 0)),
     ("--anchor-on student --anchor-weight 3", Weights(1, 1, 0), Weights(1, 1, 3)),
-    ("--peer-weight 0", Weights(1, 0, 1), Weights(1, 0, 1)),
-    ("--peer none --peer-weight 2", Weights(1, 0, 1), Weights(1, 0, 1))])
+    ("--peer-weight 0", Weights(1, 0, 0.1), Weights(1, 0, 0.1)),
+    ("--peer none --peer-weight 2", Weights(1, 0, 0.1), Weights(1, 0, 0.1))])
 def test_the_six_weights(typed, T, S):
     arguments = trikd.parse_args(f"--device cpu {typed}".split())
     assert [trikd.weights_of(role, arguments) for role in ("teacher", "student")] == [T, S]
@@ -398,7 +399,7 @@ def test_measures_by_hand(whole):
         assert last[key] == result["rows"][-1][key] == pytest.approx(right[0])
         assert (last[f"{role}_train"], last[gap]) == pytest.approx((right[1], right[1] - right[0]))
     assert result["last_test"] == last["test"]
-    assert result["label_shares"] == {"teacher": 0.5, "student": 0.5}
+    assert result["label_shares"] == pytest.approx({"teacher": 1 / 1.1, "student": 1 / 1.1})  # (8)
     assert result["images"] == dict.fromkeys(("student forward and backward", "anchor forward",
                                               "teacher forward and backward"), 4 * 260)
     assert result_of(whole.folder / "kd")["images"] == dict.fromkeys((
@@ -438,8 +439,9 @@ def test_a_stopped_run_goes_on_bit_for_bit(whole, run, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("typed, twin", [
-    ("--peer none --generations 1", "born-again/student-1.pt"),
-    ("--peer-weight 0 --generations 1", "born-again/student-1.pt"),  # a teacher that teaches nobody
+    ("--peer none --anchor-weight 1 --generations 1", "born-again/student-1.pt"),
+    # a teacher that teaches nobody
+    ("--peer-weight 0 --anchor-weight 1 --generations 1", "born-again/student-1.pt"),
     ("--peer finished --anchor-weight 0 --generations 1", "kd/student.pt"),
     ("--anchor-weight 0 --generations 1 --epochs 6", "mutual-learning-long/student.pt")])
 def test_controls_are_commands(typed, twin, whole, run, tmp_path):
@@ -448,10 +450,10 @@ def test_controls_are_commands(typed, twin, whole, run, tmp_path):
     assert not same(weights(tmp_path / "student.pt"), weights(whole.folder / "student-1.pt"))
 
 
-def test_useless_controls_are_left_out_and_born_again_always_learns(run, tmp_path):
+def test_a_useless_control_is_left_out_and_born_again_always_learns(run, tmp_path):
     printed = run("trikd", tmp_path, "--anchor-weight 0 --peer-weight 0 --compare --generations 1 "
                   "--epochs 1")
-    rows = ["student alone", "student alone, long", "TriKD", "mutual learning, long"]
+    rows = ["student alone", "student alone, long", "TriKD", "born-again", "mutual learning, long"]
     assert list(table(printed)) == rows
     arguments = trikd.parse_args("--device cpu --anchor-on teacher".split())
     vars(arguments).update(trikd.CONTROLS["born-again"][0])
