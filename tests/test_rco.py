@@ -11,7 +11,7 @@ from argparse import Namespace
 import numpy as np
 import pytest
 import torch
-from conftest import refused, result_of, same, table, weights
+from conftest import refused, result_of, same, table, tiny_cifar, weights
 from torch import nn
 
 import common
@@ -195,6 +195,16 @@ def test_greedy_search_ends_on_the_final_teacher():
         assert path[-1] == N and len(path) <= N
 
 
+@pytest.mark.parametrize("flags, stage", [
+    ("", 3), ("--epochs 2", 1), ("--strategy greedy", 1), ("--strategy kd", 12), ("--anchors 2", 6),
+    ("--strategy one-stage", 12), ("--stage-epochs 12", 12), ("--dataset folder", 24)])
+def test_stages_of_shapes_cost_what_kd_costs(flags, stage):
+    arguments = rco.parse_args(f"--device cpu {flags}".split())
+    assert arguments.stage_epochs == stage
+    steps = rco.learning_rates(1, 16, arguments.schedule)
+    assert steps == pytest.approx([1] * 10 + [.1] * 2 + [.01] * 2 + [.001] * 2)
+
+
 def test_learning_rates():
     """Eq. (12): the listed exponents, the whole of E = 240, E = 1, E not a multiple of 4."""
     rates = rco.learning_rates(0.05, 240)
@@ -298,7 +308,7 @@ def play(run, out, flags):
         for name, spy in (("train_step", spy_step), ("teacher_route", spy_route),
                           ("next_anchor", spy_choice)):
             patch.setattr(rco, name, spy)
-        trace.printed = run("rco", out, f"--epochs 3 {flags}")
+        trace.printed = run("rco", out, "--epochs 3 --stage-epochs 3 --schedule paper " + flags)
     trace.result, trace.student = result_of(out), weights(out / "student.pt")
     size = len(trace.steps) // len(trace.result["rows"])  # steps an epoch
     trace.epochs = [trace.steps[k:k + size] for k in range(0, len(trace.steps), size)]
@@ -322,7 +332,8 @@ def test_route_holds_the_states_of_one_run(once):
     """Eq. (5): C_e is, to the bit, the state after epoch e of the plain loop written here."""
     trace = once("--anchors 3")
     network = common.build_model("resnet8", 20, 16, seed=1000)
-    optimizer = torch.optim.SGD(network.parameters(), 0.1, 0.9, weight_decay=5e-4, fused=True)
+    optimizer = torch.optim.SGD(network.parameters(), 0.1, 0.9, weight_decay=5e-4, nesterov=True,
+                                fused=True)
     generator = torch.Generator().manual_seed(1000)
     assert sorted(trace.route) == [1, 2, 3]
     for epoch, optimizer.param_groups[0]["lr"] in enumerate(RATES, 1):
@@ -345,7 +356,7 @@ def test_route_keeps_what_every_strategy_needs(flags, asked, monkeypatch):
         assert rates == pytest.approx([0.3 * 0.1 ** (4 * e // E) for e in range(E)])
         return {"seconds": 5}, dict.fromkeys(keep)
     monkeypatch.setattr(rco, "train_network", train)
-    arguments = rco.parse_args(f"--device cpu --learning-rate 0.3 {flags}".split())
+    arguments = rco.parse_args(f"--device cpu --learning-rate 0.3 --schedule paper {flags}".split())
     arguments.seed, E = 0, arguments.epochs
     route, seconds = rco.teacher_route(None, arguments)
     assert asked <= set(route) and max(route) == E and seconds == 5
@@ -448,7 +459,7 @@ def test_greedy_measures_the_current_student(run, tmp_path, monkeypatch, choice)
 
 
 def test_held_out_images_are_never_trained_on(run, tmp_path, monkeypatch):
-    """X' is cut from the training set; the batches, left uncropped here, hold the rest alone."""
+    """X' of shapes is drawn besides; the batches, left uncropped here, hold the training set."""
     monkeypatch.setattr(common, "crop_and_flip", lambda images, *offsets: images)
     trace = play(run, tmp_path / "out", "--anchors 2 --epochs 2")
 
@@ -457,8 +468,8 @@ def test_held_out_images_are_never_trained_on(run, tmp_path, monkeypatch):
     train, held, test = trace.data.train, trace.data.validation, trace.data.test
     trained = set().union(*(pixels(step.images) for step in trace.steps))
     assert trained == pixels(train.normalise(train.images))
-    assert not trained & pixels(held.normalise(held.images)) and len(held) >= 20
-    assert pixels(train.images) | pixels(held.images) == pixels(common.make_shapes(260, 16, 0)[0])
+    assert not trained & pixels(held.normalise(held.images)) and len(held) == 26
+    assert pixels(train.images) == pixels(common.make_shapes(260, 16, 0)[0])
     assert not pixels(held.images) & pixels(test.images)
 
 
@@ -491,19 +502,18 @@ def test_a_student_learns_the_shapes(run, tmp_path, monkeypatch):
     """20 classes, chance 5 %: the student must pass 25 %, and near C_E on X' as it trains."""
     monkeypatch.setattr(common, "SHAPES_TRAIN", 2000)
     trace = play(run, tmp_path / "out", "--strategy one-stage --anchors 2 --teacher resnet8x0.5 "
-                 "--epochs 5 --learning-rate 0.2 --batch-size 32")
+                 "--epochs 5 --stage-epochs 5 --learning-rate 0.2 --batch-size 32")
     rows = trace.result["rows"]
     assert trace.result["last_test"] == rows[-1]["test"] > 25
     assert rows[-1]["kl_final"] < rows[0]["kl_final"] and rows[-1]["ce"] < rows[0]["ce"]
 
 
-def test_cifar100_from_its_own_archive(run, tmp_path, monkeypatch):
-    from conftest import tiny_cifar
-    tiny_cifar(tmp_path, monkeypatch, "cifar100")
-    printed = run("rco", tmp_path / "run", f"--dataset cifar100 --data {tmp_path} --epochs 1")
-    assert "classes; seed 0, cpu" in printed and "of 32x32, 100 classes" in printed
+def test_cifar10_from_its_own_archive(run, tmp_path, monkeypatch):
+    tiny_cifar(tmp_path, monkeypatch, "cifar10")
+    printed = run("rco", tmp_path / "run", f"--dataset cifar10 --data {tmp_path} --batch-size 20")
+    assert "40 training, 10 held-out, 10 test images of 32x32, 10 classes; seed 0, cpu" in printed
     assert table(printed)["eei"]["test"] == f"{result_of(tmp_path / 'run')['last_test']:.2f}"
-    assert weights(tmp_path / "run" / "student.pt")["head.weight"].shape == (100, 32)
+    assert weights(tmp_path / "run" / "student.pt")["head.weight"].shape == (10, 32)
 
 
 # ------------------------------------------------------------------------------- argument errors

@@ -25,8 +25,8 @@ from conftest import (
 import common
 import rco
 
-STEPS = 5  # of an epoch: 234 training images in batches of 50
-TWO_STAGES = "--epochs 3 --anchors 2"
+STEPS = 6  # of an epoch: 260 training images in batches of 50
+TWO_STAGES = "--epochs 3 --stage-epochs 3 --anchors 2"
 CPU = Namespace(device=torch.device("cpu"), precision="fp32")
 LABELS = torch.tensor([0, 1, 2, 0])
 
@@ -262,7 +262,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(run, finished, interrupted, tmp_path)
 
 
 def test_a_stopped_greedy_run_with_hints_goes_on_bit_for_bit(run, tmp_path):
-    flags = "--epochs 3 --strategy greedy --anchors 3 --transfer hint --threshold 0"
+    flags = f"{TWO_STAGES} --strategy greedy --anchors 3 --transfer hint --threshold 0"
     folder = stop_in_stage_2(run, tmp_path / "stopped", flags)
     run("rco", folder, f"{flags} --resume")
     run("rco", tmp_path / "whole", flags)
@@ -354,7 +354,7 @@ def test_the_cache_is_used_only_for_the_same_training(train, tmp_path, monkeypat
                                 labels=train.data.train.labels[:90])
     others = [
         {"rates": [0.2]}, {"seed": 1}, {"name": "resnet8"}, {"momentum": 0.8}, {"batch_size": 50},
-        {"weight_decay": 0.0}, {"precision": "bf16"}, {"nesterov": True},
+        {"weight_decay": 0.0}, {"precision": "bf16"}, {"nesterov": False},
         {"data": dataclasses.replace(train.data, train=fewer)},
         {"data": dataclasses.replace(train.data, test=fewer)}]
     for number, other in enumerate(others, 2):
