@@ -925,7 +925,8 @@ def recognition(network, data, arguments, forward=None):
 
 
 # ------------------------------------------------------------------------------------------ 5. runs
-FORMATS = {"lr": ".5f", "train": ".2f", "test": ".2f", "img/s": ".0f", "s": ".1f"}
+FORMATS = {"lr": ".5f", "train": ".2f", "test": ".2f", "teacher": ".2f", "teacher-1": ".2f",
+           "teacher-2": ".2f", "student-1": ".2f", "paused": ".1f", "img/s": ".0f", "s": ".1f"}
 
 
 def save_file(value, path):
