@@ -846,6 +846,8 @@ def test_measures_by_hand(whole, run):
     """Agreement, softness, entropy and both probes from the saved student, in numpy."""
     student, data = loaded(whole.folder), shapes_data()
     arguments = parsed(f"--epochs 2 --batch-size 50 --cache {run.cache} {TINY}")
+    assert [result_of(place)["arguments"]["seed"] for place in run.cache.glob(
+        "shapes-resnet8-2-*")] == [1000]
     teacher, _ = letkd.networks_alone(data, arguments)["teacher"]
     words, decisions = letkd.prepare(teacher, data, arguments)
     assert decisions.table.shape == (40, 40) and decisions.per_class == 2
@@ -913,13 +915,18 @@ def test_controls_of_other_choices(tmp_path, typed, chosen, layers, alpha):
 
 
 def test_no_teacher_is_run_without_supervision(play, tmp_path, monkeypatch):
-    trained, original = [], letkd.train_network
+    """And the optimizer takes the rates of eq. (lr): a tenth in the third of three epochs."""
+    trained, original, rates, step = [], letkd.train_network, [], letkd.control_step
     monkeypatch.setattr(letkd, "train_network", lambda name, *rest, **settings: trained.append(
         name) or original(name, *rest, **settings))
+    monkeypatch.setattr(letkd, "control_step", lambda student, teacher, optimizer, *rest:
+                        rates.append(optimizer.param_groups[0]["lr"])
+                        or step(student, teacher, optimizer, *rest))
     monkeypatch.setattr(letkd, "prepare", forbidden)
-    found = table(play(tmp_path, "--supervision none --layers 1 --epochs 1"))
+    found = table(play(tmp_path, "--supervision none --layers 1 --epochs 3"))
     assert list(found) == ["student alone", "unsupervised layers"] and trained == ["resnet8x0.5"]
     assert same(weights(tmp_path / "student.pt"), loaded(tmp_path, inter=0).state_dict())
+    assert rates == pytest.approx([0.1] * 12 + [0.01] * 6)
 
 
 def test_targets_are_cached_and_belong_to_their_teacher(tmp_path, monkeypatch):
