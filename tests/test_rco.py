@@ -196,13 +196,37 @@ def test_greedy_search_ends_on_the_final_teacher():
 
 
 @pytest.mark.parametrize("flags, stage", [
-    ("", 3), ("--epochs 2", 1), ("--strategy greedy", 1), ("--strategy kd", 12), ("--anchors 2", 6),
+    ("", 3), ("--epochs 2", 1), ("--strategy greedy", 3), ("--strategy kd", 12), ("--anchors 2", 6),
     ("--strategy one-stage", 12), ("--stage-epochs 12", 12), ("--dataset folder", 24)])
 def test_stages_of_shapes_cost_what_kd_costs(flags, stage):
     arguments = rco.parse_args(f"--device cpu {flags}".split())
     assert arguments.stage_epochs == stage
     steps = rco.learning_rates(1, 16, arguments.schedule)
     assert steps == pytest.approx([1] * 10 + [.1] * 2 + [.01] * 2 + [.001] * 2)
+
+
+@pytest.mark.parametrize("flags, lengths", [
+    ("--compare one-stage greedy", {"one-stage": (12, 12), "greedy": (4, 3)}),
+    ("--strategy kd --compare eei", {"eei": (4, 3)}),
+    ("--stage-epochs 5 --compare greedy kd", {"greedy": (4, 5), "kd": (1, 12)})])
+def test_strategies_named_in_compare_get_their_own_stages(flags, lengths):
+    controls, _ = rco.planned_controls(rco.parse_args(f"--device cpu {flags}".split()))
+    for name, (N, L) in lengths.items():
+        changed = controls[name][0]
+        changed = changed(RUNS) if callable(changed) else changed
+        assert (changed.get("anchors"), changed["stage_epochs"]) == (N, L)
+
+
+RUNS = {"one-stage": Namespace(settings={"epochs": 12, "stage_epochs": 12},
+                               rows=[{"stage": 1}] * 12)}
+
+
+def test_equal_compute_follows_the_run_it_is_for():
+    for name, (flags, _) in rco.equal_compute("one-stage").items():
+        flags = flags(RUNS)
+        assert flags["stages"] * flags["stage_epochs"] == 12, name
+    arguments = rco.parse_args("--device cpu --strategy kd --stages 4 --stage-epochs 3".split())
+    assert rco.planned_controls(arguments)[1] == "kd, 4 x 3 epochs"  # not "kd", which is a control
 
 
 def test_learning_rates():
