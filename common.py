@@ -2,8 +2,10 @@
 
 B images in a batch, C classes, D features, H x W pixels. Images rest as uint8 (N,3,H,W) on the
 device and are augmented a batch at a time. Every network shows its parts (`stem`, `stages`, `neck`,
-`head`), so that a method can put a layer between two of them. Everything random comes from torch
-generators seeded by `--seed`. The blocks of this file:
+`head`), so that a method can put a layer between two of them. All that is random is drawn by torch
+on the CPU: splits from --seed, batches from the script's generator, weights from the seed of
+`build_model`; shapes and verification pairs have fixed seeds. Equal seed, machine, threads and
+torch: equal bits on the CPU; a GPU may differ in the last ones. The blocks of this file:
 1. flags   2. data   3. models   4. evaluation   5. runs   6. controls and their table
 """
 
@@ -423,8 +425,9 @@ def _split(arguments, validation):
     for part, purpose in ((train, "train on"), (test, "test on")):
         missing = set(range(known)) - set(part[1].tolist())
         if missing:
+            hint = ", or a larger --train-fraction" * (part is train)
             raise InputError(f"{name}: class {min(missing)} has no image left to {purpose}; it "
-                             "needs more images, or a larger --train-fraction")
+                             f"needs more images{hint}")
     return name, size, known, [train, held, test, unseen]
 
 
@@ -954,7 +957,7 @@ class Mean:
     """What an epoch's batches average to: loss terms, training accuracy, images a second."""
 
     def __init__(self):
-        self.sums, self.images, self.batches, self.correct = {}, 0, 0, None
+        self.sums, self.images, self.batches, self.correct, self.classified = {}, 0, 0, None, 0
         self.start = self.shown = time.time()
 
     def add(self, terms, logits, labels):
@@ -972,6 +975,7 @@ class Mean:
             self.sums[name] = total, count
         if logits is not None:
             self.correct = (self.correct or 0) + (logits.detach().argmax(1) == labels).sum()
+            self.classified += B
         self.images, self.batches = self.images + B, self.batches + 1
         live = sys.stdout.isatty() and time.time() - self.shown > 1
         if live or self.batches % 50 == 0:
@@ -991,10 +995,10 @@ class Mean:
         return means
 
     def row(self):
-        """The terms, "train" accuracy in %, and the seconds ("s") since the first batch."""
+        """The terms, "train" accuracy in %, and the seconds ("s") since this Mean was made."""
         row = self.terms()
         if self.correct is not None:
-            row["train"] = 100 * self.correct.item() / self.images
+            row["train"] = 100 * self.correct.item() / self.classified
         seconds = time.time() - self.start
         return {**row, "img/s": self.images / max(seconds, 1e-9), "s": seconds}
 
@@ -1002,7 +1006,7 @@ class Mean:
 class Record:
     """The folder of one training: log.csv, checkpoint.pt, at the end result.json and weights.
 
-        record = Record(folder, settings, resume)
+        record = Record(folder, settings, resume)  # only where it has no `result`:
         record.restore(student=student, optimizer=optimizer, shuffle=generator)
         while (epoch := len(record.rows)) < E:  # the rows are the position
             mean = Mean()
@@ -1012,9 +1016,10 @@ class Record:
         record.finish({"student": student.state_dict()}, measures={..})
 
     After a kill the loop goes on behind the last closed epoch, with every part as it was then.
-    `state` holds plain values of the script's own, saved likewise; `result` is what a finished run
-    left, else None. A folder of another run, of this one without `resume`, or that another process
-    is writing, is refused; with `wait` that other process is waited for.
+    `state` holds plain values of the script's own, saved likewise; both are loaded by the
+    constructor. `result` is what a finished run left, else None. A folder of another run, of this
+    one without `resume`, or that another process is writing, is refused; with `wait` that other
+    process is waited for.
     """
 
     def __init__(self, folder, settings, resume, wait=False):
@@ -1043,6 +1048,8 @@ class Record:
                     self.saved[name] for name in ("settings", "rows", "state"))
                 print(f"{folder}: goes on after epoch {len(self.rows)}")
             odd = [key for key in self.settings if theirs.get(key) != self.settings[key]]
+        except InputError:
+            raise
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise InputError(f"{finished if finished.exists() else checkpoint} is damaged or of "
                              f"another project ({error}); choose another --out") from None
@@ -1055,6 +1062,8 @@ class Record:
 
         After a kill each gets the state it had when the last epoch was closed.
         """
+        if self.result:
+            raise RuntimeError(f"{self.folder} holds a finished run: nothing to go on with")
         self.parts, self.fresh, self.start = parts, len(self.rows), time.time()
         for name, part in parts.items():
             if self.saved:
@@ -1109,7 +1118,7 @@ class Record:
 
 
 def lock(path, wait=False):
-    """Hold the open file as long as this process lives; InputError where another one holds it."""
+    """Lock `path` while the returned file is open; InputError where another process holds it."""
     file = open(path, "w")
     try:
         import fcntl
