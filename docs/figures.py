@@ -264,6 +264,75 @@ def letkd(folder, result):
     return {**pictures, "subclasses.png": figure}
 
 
+def tst(folder, result):
+    """series.png: the 25 numbers over the run, searches shaded; operations.png: three images of
+    augmented.png, each operation at its learned magnitude above the exact one. No augmenter: {}.
+    """
+    import math
+
+    import torch
+    from matplotlib import pyplot
+
+    import common
+    import tst as script
+
+    arguments, names, pictures = result["arguments"], script.OPERATIONS, {}
+    if arguments["augment"] == "learned":
+        images, epochs = result["images"]["student forward and backward"], arguments["epochs"]
+        batches, steps = math.ceil(images / 2 / epochs / arguments["batch_size"]), steps_of(folder)
+        points, last = [], steps["epoch"][0]  # (passes, row of steps.csv)
+        for row, (epoch, step) in enumerate(zip(steps["epoch"], steps["step"])):
+            if epoch > last + 1:  # theta rests between two searches
+                points += [(last, row), (epoch - 1, row)]
+            points.append((epoch - 1 + step / batches, row))
+            last = epoch
+        x = [place for place, _ in points] + [last, len(result["rows"])]
+        figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained", sharex=True)
+        for axis, letter, key in ((axes[0], "q", "probabilities"), (axes[1], "m", "magnitudes")):
+            for i, end in enumerate(result[key]):
+                values = [steps[f"{letter}_{names[i]}"][row] for _, row in points]
+                axis.plot(x, [*values, end, end], label=names[i], ls="-" if i < 7 else "--")
+            for row in result["rows"]:
+                if row["stage"] == 2:
+                    axis.axvspan(row["epoch"] - 1, row["epoch"], alpha=0.15, color="grey", lw=0)
+            axis.set(title=f"{key} {letter} (grey: search)",
+                     xlabel="passes over the training images")
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=7)
+        pictures["series.png"] = figure
+    if not (folder / "augmenter.pt").exists():
+        return pictures
+
+    encoders = [script.ColorEncoder() if i < script.COLOR else script.GeometricEncoder()
+                for i in range(script.MOVABLE)]
+    augmenter = common.load_weights(script.Augmenter(encoders, [0.0] * 3, [1.0] * 3),
+                                    folder / "augmenter.pt")
+    grid = torch.tensor(pyplot.imread(folder / "augmented.png")).movedim(2, 0)  # in [0,1]
+    side = (grid.shape[1] - 2) // 8 - 2
+    images = torch.stack([grid[:, top:top + side, 2:2 + side]
+                          for top in range(2, 2 + 3 * (side + 2), side + 2)])
+    values = (255 * images).round().to(torch.uint8)
+    images, draws = (images - augmenter.mean) / augmenter.std, torch.Generator().manual_seed(0)
+    figure, axes = pyplot.subplots(2 * len(images), 1 + len(names), figsize=(15, 6.3),
+                                   layout="constrained")
+    for i, name in enumerate(("original", *names), -1):
+        learned, title = images, name
+        if i >= 0:
+            m = augmenter.magnitudes()[i] if i < script.MOVABLE else None
+            with torch.no_grad():
+                learned = augmenter.transform(i, images, m, draws)
+        shown = [script.to_bytes(learned, augmenter.mean, augmenter.std)] * 2
+        if 0 <= i < script.MOVABLE:
+            title = f"{name}\nm = {m.item():.2f}"
+            shown[1] = script.exact(name, values, min(math.floor(10 * m.item()), 9))
+        for row, image in enumerate(torch.stack(shown, 1).flatten(0, 1)):
+            axes[row, i + 1].imshow(image.movedim(0, 2).numpy())
+            axes[row, i + 1].set(xticks=[], yticks=[])
+        axes[0, i + 1].set_title(title, fontsize=7)
+    for row, axis in enumerate(axes[:, 0]):
+        axis.set_ylabel("exact" if row % 2 else "learned", fontsize=7)
+    return {**pictures, "operations.png": figure}
+
+
 def main(folder, file=None):
     import matplotlib
     matplotlib.use("Agg")

@@ -4,31 +4,25 @@ The oracles are numpy in float64, written from the equations; goldens are typed 
 specification, beside them the numbers that the usual mistakes would give.
 """
 
-import contextlib
 import copy
-import csv
-import io
 import itertools
-import json
 import math
-import re
-import shlex
-import sys
 from argparse import Namespace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import (
+    forbidden, log, refused, result_of, same, shapes_data, stopped, table, weights)
 from torch import nn
 from torch.nn import functional as F
 
 import common
 import tst
 
-ROOT = Path(__file__).resolve().parents[1]
 DIGITS = 1e-6
 T, S, Y = [[2, 0.5, -1], [0.3, -0.2, 1.5]], [[1, 0.8, -0.5], [0.9, 0.1, -0.3]], [0, 2]
+STATS = torch.full((3, 1, 1), 0.5), torch.full((3, 1, 1), 0.25)
 T2, S2 = [[1.2, 0, -0.3], [-0.5, 0.1, 2]], [[0.2, -0.1, 0.4], [-0.6, 0.5, 0.7]]
 
 
@@ -73,10 +67,10 @@ def test_the_gates_rate_is_the_sigmoid_of_its_logit():
         gates = tst.relaxed_bernoulli(torch.full((40_000,), float(logit)), generator=generator())
         assert (gates > 0.5).double().mean().item() == pytest.approx(
             rate, abs=4 * (rate * (1 - rate) / 40_000) ** 0.5)
-    augmenter, found = plain_augmenter(operations=1), []
-    augmenter.transform = lambda i, images, magnitude: images + 1
+    augmenter, found, draws = plain_augmenter(operations=1), [], generator()
+    augmenter.transform = lambda i, images, *_: images + 1
     for _ in range(2000):
-        found.append((augmenter(torch.zeros(1, 3, 2, 2)).mean() > 0.5).item())
+        found.append((augmenter(torch.zeros(1, 3, 2, 2), draws).mean() > 0.5).item())
     assert np.mean(found) == pytest.approx(0.5, abs=4 * 0.5 / 2000**0.5)  # 0.6225 if sigma twice
 
 
@@ -87,10 +81,9 @@ def test_the_uniform_draw_is_clamped(monkeypatch, value, wanted):
     assert gate == pytest.approx(wanted, rel=1e-9) and 0 < gate < 1
 
 
-def plain_augmenter(seed=0, **flags):
+def plain_augmenter(**flags):
     encoders = [tst.ColorEncoder() if i < 6 else tst.GeometricEncoder() for i in range(11)]
-    return tst.Augmenter(encoders, torch.full((3, 1, 1), 0.5), torch.full((3, 1, 1), 0.25),
-                         generator=generator(seed), **flags)
+    return tst.Augmenter(encoders, *STATS, **flags)
 
 
 def test_magnitudes_and_probabilities():
@@ -107,7 +100,7 @@ def test_composition_golden(monkeypatch):
     """x = .2, T_a = .8, T_b = -.4, g = (.75, .5): .35; chained it were .125. Gates 0 and 1."""
     augmenter, x = plain_augmenter(operations=2), torch.full((1, 3, 2, 2), 0.2)
     monkeypatch.setattr(torch, "randperm", lambda *args, **flags: torch.arange(14))
-    augmenter.transform = lambda i, images, m: torch.full_like(images, (0.8, -0.4)[i])
+    augmenter.transform = lambda i, images, *_: torch.full_like(images, (0.8, -0.4)[i])
     for gates, wanted in (((0.75, 0.5), 0.35), ((1, 1), 0.8 - 0.4 - 0.2)):
         monkeypatch.setattr(tst, "relaxed_bernoulli",
                             lambda *args, g=gates: torch.tensor([*g, *[0.0] * 12]))
@@ -123,7 +116,7 @@ def test_k_of_fourteen_are_drawn_and_the_original_is_what_each_sees():
         for _ in range(300):
             seen = []
 
-            def watch(i, images, magnitude, seen=seen, x=x):
+            def watch(i, images, magnitude, _, seen=seen, x=x):
                 assert images is x
                 assert (magnitude is None) == (i >= 11)
                 seen.append(i)
@@ -138,12 +131,12 @@ def test_k_of_fourteen_are_drawn_and_the_original_is_what_each_sees():
 
 def test_equal_generators_equal_images():
     x = torch.rand(3, 3, 16, 16)
-    a, b, c = plain_augmenter(4), plain_augmenter(4), plain_augmenter(5)
-    for first, second in zip(a.encoders, b.encoders):
-        second.load_state_dict(first.state_dict())
-    a, b, c = ([augmenter(x).detach() for _ in range(6)] for augmenter in (a, b, c))
+    augmenter, state = plain_augmenter(), torch.get_rng_state()
+    a, b, c = ([augmenter(x, draws).detach() for _ in range(6)]
+               for draws in (generator(4), generator(4), generator(5)))
     assert all(torch.equal(one, two) for one, two in zip(a, b))
     assert not any(torch.equal(one, two) for one, two in zip(a, c))
+    assert torch.equal(torch.get_rng_state(), state)  # nothing is drawn from elsewhere
 
 
 # ------------------------------------------------------------------------- encoders, (6) to (9)
@@ -235,33 +228,24 @@ def test_color_convolution_by_hand():
 
 
 # ------------------------------------------------------------- hand-written operations, (10), (11)
-@pytest.mark.parametrize("operation, factor, wanted", [
-    ("Brightness", 1.5, (255, 150, 60)), ("Color", 1.5, (238, 88, 0)),
-    ("Brightness", 0.5, (100, 50, 20)), ("Color", 0.5, (161, 111, 81))])
-def test_pixel_goldens(operation, factor, wanted):
-    image = torch.tensor([200, 100, 40], dtype=torch.uint8).view(1, 3, 1, 1).expand(1, 3, 4, 4)
-    found = tst.exact(operation, image.contiguous(), 5, 1 if factor > 1 else -1)
-    assert found[0, :, 0, 0].tolist() == list(wanted)
-
-
-def test_contrast_posterize_solarize_goldens():
-    """The image's mean grey is 100: half its pixels 123, half 77 = floor(0.9999 78)."""
+def test_pixel_goldens():
+    """F = 1.5 and 0.5. The image's mean grey is 100: half its pixels 123, half 77."""
     image = torch.full((1, 3, 2, 2), 78, dtype=torch.uint8)
     image[0, :, 0] = torch.tensor([200, 100, 40], dtype=torch.uint8)[:, None]
-    for factor, wanted in ((1.5, (250, 100, 10)), (0.5, (150, 100, 70))):
-        found = tst.exact("Contrast", image, 5, 1 if factor > 1 else -1)
-        assert found[0, :, 0, 0].tolist() == list(wanted)
+    for operation, more, less in (("Brightness", [255, 150, 60], [100, 50, 20]),
+                                  ("Color", [238, 88, 0], [161, 111, 81]),
+                                  ("Contrast", [250, 100, 10], [150, 100, 70])):
+        for sign, wanted in ((1, more), (-1, less)):
+            assert tst.exact(operation, image, 5, sign)[0, :, 0, 0].tolist() == wanted
     assert tst.exact("Posterize", image, 9)[0, :, 0, 0].tolist() == [192, 96, 32]
-    bits = [8, 8, 7, 7, 6, 6, 5, 5, 4, 4]
-    ramp = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16).contiguous()
-    for k in range(10):
-        step = 2 ** (8 - bits[k])
-        assert torch.equal(tst.exact("Posterize", ramp, k).int(), ramp.int() // step * step)
-        threshold = 255 - 255 * k / 9
-        wanted = torch.where(ramp >= threshold, 255 - ramp, ramp)
-        assert torch.equal(tst.exact("Solarize", ramp, k), wanted)
     level = (255 - 128) / 255 * 9
     assert tst.exact("Solarize", image, level)[0, :, 0, 0].tolist() == [55, 100, 40]
+    ramp = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16).contiguous()
+    for k, bits in enumerate((8, 8, 7, 7, 6, 6, 5, 5, 4, 4)):
+        step, threshold = 2 ** (8 - bits), 255 - 255 * k / 9
+        assert torch.equal(tst.exact("Posterize", ramp, k).int(), ramp.int() // step * step)
+        wanted = torch.where(ramp >= threshold, 255 - ramp, ramp)
+        assert torch.equal(tst.exact("Solarize", ramp, k), wanted)
 
 
 def color_oracle(operation, v, F_):
@@ -366,8 +350,8 @@ def test_fixed_operations_pass_no_gradient_but_their_gate_gets_one():
         x = torch.rand(2, 3, 16, 16, requires_grad=True)
         out = augmenter.transform(i, x, None)
         assert not out.requires_grad
-        augmenter.transform = lambda j, images, m, i=i, out=out: out if j == i else images
-        augmenter(x).sum().backward()
+        augmenter.transform = lambda j, images, *_, i=i, out=out: out if j == i else images
+        augmenter(x, generator()).sum().backward()
         assert augmenter.theta_p.grad[i] != 0
         assert torch.count_nonzero(augmenter.theta_p.grad) == 1
 
@@ -378,7 +362,6 @@ def smooth_images(count=256):
     return F.interpolate(noise, (32, 32), mode="bilinear", align_corners=False)
 
 
-STATS = torch.full((3, 1, 1), 0.5), torch.full((3, 1, 1), 0.25)
 LIMITS = {"ShearX": 0.06, "ShearY": 0.06, "TranslateX": 0.10, "TranslateY": 0.10, "Rotate": 0.16}
 
 
@@ -400,7 +383,7 @@ def matrix_error(encoder, name):
 def test_fitted_matrices_match_the_closed_forms(name):
     torch.manual_seed(1)
     encoder = tst.GeometricEncoder()
-    loss = tst.fit_encoder(encoder, name, smooth_images(), *STATS, steps=500,
+    loss = tst.fit_encoder(encoder, name, smooth_images(), *STATS, steps=500, batch_size=16,
                            generator=generator(2))
     assert math.isfinite(loss) and not any(p.requires_grad for p in encoder.parameters())
     assert matrix_error(encoder, name) < LIMITS[name]
@@ -417,7 +400,8 @@ def test_white_noise_has_no_useful_gradient():
 def test_brightness_is_fitted_better_than_the_identity():
     torch.manual_seed(1)
     encoder, images = tst.ColorEncoder(), smooth_images()
-    loss = tst.fit_encoder(encoder, 0, images, *STATS, steps=500, generator=generator(2))
+    loss = tst.fit_encoder(encoder, 0, images, *STATS, steps=500, batch_size=16,
+                           generator=generator(2))
     nothing = tst.identity_error("Brightness", images, *STATS)
     assert loss < 0.4 * nothing
     a, d = encoder.scale_shift(torch.tensor([[-1.0], [1.0]]), 0)
@@ -447,6 +431,22 @@ def test_a_fit_step_is_eq_11(monkeypatch):
         tst.fit_encoder(tst.ColorEncoder(), "Solarize", images, *STATS, steps=1, batch_size=4)
         tst.fit_encoder(tst.ColorEncoder(), "Color", images, *STATS, steps=1, batch_size=4)
     assert seen == [(0, 1), (0, -1), (9, 1), (9, -1), (9, 1), (9, -1)]
+
+
+def test_the_error_of_doing_nothing(monkeypatch):
+    """The mean over all ten levels, and both signs where the operation has one."""
+    v = np.random.default_rng(0).integers(0, 256, (2, 3, 8, 8))
+    images = tst.from_bytes(torch.tensor(v), *STATS).float()
+    wanted = np.mean([np.square((v - np.where(v >= 255 - 255 * k / 9, 255 - v, v)) / 255 / 0.25)
+                      for k in range(10)])
+    assert tst.identity_error("Solarize", images, *STATS) == pytest.approx(wanted, rel=1e-4)
+    asked = []
+    monkeypatch.setattr(tst, "exact", lambda name, values, level, sign: asked.append(
+        (name, level, sign)) or values)
+    for name, signs in (("Posterize", (1,)), ("Rotate", (1, -1))):
+        tst.identity_error(name, images, *STATS)
+        assert sorted(asked) == sorted(itertools.product([name], range(10), signs))
+        asked.clear()
 
 
 # --------------------------------------------------------------------------- losses, (12) to (17)
@@ -530,7 +530,9 @@ def test_losses_on_random_logits(batch, classes, tau, weight):
     (lambda: tst.distillation_loss(tensor(S), tensor(T)[:1], torch.tensor(Y)), r"\(1, 3\)"),
     (lambda: plain_augmenter(operations=0), "operations = 0"),
     (lambda: plain_augmenter(operations=15), "operations = 15"),
-    (lambda: plain_augmenter().transform(14, torch.zeros(1, 3, 4, 4), None), "14"),
+    (lambda: plain_augmenter().transform(14, torch.zeros(1, 3, 4, 4), None),
+     "operation 14: 0 to 13"),
+    (lambda: plain_augmenter().transform(-1, torch.zeros(1, 3, 4, 4), None), "operation -1"),
     (lambda: tst.Augmenter([], *STATS), "0 encoders"),
     (lambda: tst.fit_encoder(tst.ColorEncoder(), "Invert", None, *STATS), "Invert"),
     (lambda: tst.fit_encoder(tst.ColorEncoder(), 11, None, *STATS), "11"),
@@ -576,8 +578,7 @@ def test_gradients_of_theta_against_central_differences():
     x, direction = torch.rand(2, 3, 8, 8).double(), torch.randn(2, 3, 8, 8).double()
 
     def value():
-        augmenter.generator = generator(3)
-        return (augmenter(x) * direction).sum()
+        return (augmenter(x, generator(3)) * direction).sum()
     value().backward()
     analytic = torch.cat([augmenter.theta_m.grad, augmenter.theta_p.grad])
     numeric = []
@@ -602,7 +603,7 @@ def test_gradients_of_theta_against_central_differences():
 def test_operations_not_drawn_get_no_gradient():
     augmenter = plain_augmenter(operations=4)
     seen, original = [], augmenter.transform
-    augmenter.transform = lambda i, images, m: seen.append(i) or original(i, images, m) + 0.1
+    augmenter.transform = lambda i, *rest: seen.append(i) or original(i, *rest) + 0.1
     augmenter(torch.rand(2, 3, 8, 8)).sum().backward()
     assert all(augmenter.theta_p.grad[i] == 0 for i in range(14) if i not in seen)
     assert all(augmenter.theta_m.grad[i] == 0 for i in range(11) if i not in seen)
@@ -631,7 +632,7 @@ def test_toy_selection(exchanged):
     c = (x[labels == 0].mean(0) - x[labels == 1].mean(0)) / 2
     c = c / c.norm() ** 2
     augmenter = plain_augmenter(operations=14)
-    augmenter.transform = lambda i, images, m: images + 2 * m if i == 0 else images
+    augmenter.transform = lambda i, images, m, _: images + 2 * m if i == 0 else images
     teacher, student = Toy(exchanged, c), Toy(not exchanged, c)
     optimizer = torch.optim.SGD([augmenter.theta_m, augmenter.theta_p], 0.01)
     for _ in range(200):
@@ -645,6 +646,10 @@ def test_toy_selection(exchanged):
 
 
 # ------------------------------------------------------------------------------------------ steps
+STEP = Namespace(precision="fp32", device=torch.device("cpu"), student_term="non_saturating",
+                 weight=1.0, temperature=4.0, seed=0)
+
+
 def networks_of_shapes():
     images, labels, _ = common.make_shapes(24, 16, 0)
     student, teacher = (common.build_model(name, 20, 16, seed) for seed, name in enumerate(
@@ -656,94 +661,63 @@ def clone(network):
     return {name: value.clone() for name, value in network.state_dict().items()}
 
 
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-STEP = Namespace(precision="fp32", device=torch.device("cpu"), student_term="non_saturating",
-                 weight=1.0, temperature=4.0)
-
-
 def test_stage_two_moves_theta_alone():
     """(a), (b): 25 trainable numbers; weights, buffers, modes and gradients of both networks."""
     student, teacher, images, labels = networks_of_shapes()
-    augmenter = plain_augmenter(operations=14)
+    fixed, augmenter = common.frozen(student), plain_augmenter(operations=14)
     learn = [name for name, p in augmenter.named_parameters() if p.requires_grad]
     assert learn == ["theta_m", "theta_p"]
     assert sum(p.numel() for p in augmenter.parameters() if p.requires_grad) == 25
     with torch.no_grad():  # encoders that do something
-        for encoder in augmenter.encoders:
-            for parameter in encoder.parameters():
-                parameter.add_(0.05)
-    before = clone(student), clone(teacher), clone(augmenter.encoders)
-    student.train()
+        for parameter in augmenter.encoders.parameters():
+            parameter.add_(0.05)
+    networks = fixed, teacher, augmenter.encoders
+    before = [clone(network) for network in networks]
     search = tst.search_optimizer(augmenter)
     assert (search.defaults["lr"], search.defaults["momentum"], search.defaults["weight_decay"]
             ) == (0.01, 0.9, 0)
-    with tst.held(student):
-        assert not student.training
-        for _ in range(3):
-            terms = tst.search_step(augmenter, teacher, student, search, images, labels, STEP)
-    assert student.training and all(p.requires_grad for p in student.parameters())
-    assert same(clone(student), before[0]) and same(clone(teacher), before[1])
-    assert same(clone(augmenter.encoders), before[2]) and not teacher.training
-    for network in (student, teacher, augmenter.encoders):
-        assert all(parameter.grad is None for parameter in network.parameters())
+    draws, twin = generator(), generator()
+    for _ in range(3):
+        x = augmenter(images, twin)
+        terms = tst.search_step(augmenter, teacher, fixed, search, images, labels, draws, STEP)
+    assert all(same(clone(network), old) for network, old in zip(networks, before))
+    assert all(p.grad is None for network in networks for p in network.parameters())
+    assert not fixed.training and not teacher.training
     assert augmenter.theta_m.abs().min() > 0 and augmenter.theta_p.abs().min() > 0
-    assert terms.keys() == {"L_T", "L_S", "conf_t", "conf_s"}
+    t, s = teacher(x).detach(), fixed(x).detach()
+    _, L_T, L_S = tst.augmentation_loss(t, s, labels)
+    for name, wanted in (("L_T", L_T), ("L_S", L_S), ("conf_t", tst.true_class(t, labels)),
+                         ("conf_s", tst.true_class(s, labels))):
+        assert terms[name].item() == pytest.approx(wanted.item(), rel=1e-4)
 
 
-def test_held_restores_the_student_after_an_error():
-    student, *_ = networks_of_shapes()
-    with pytest.raises(KeyboardInterrupt), tst.held(student):
-        raise KeyboardInterrupt
-    assert student.training and all(p.requires_grad for p in student.parameters())
-
-
-def test_stage_three_moves_the_student_alone(monkeypatch):
-    """(c); eq. (17) on [x~ ; x], the student in train mode on all 2B; x~ is no graph."""
+def test_stage_three_moves_the_student_alone():
+    """(c); eq. (17) on [x~ ; x], the student in train mode on all 2B."""
     student, teacher, images, labels = networks_of_shapes()
-    augmenter, before = plain_augmenter(operations=14), clone(teacher)
-    seen = []
+    first, before, twin, seen = images.flip(0) * 2, clone(teacher), copy.deepcopy(student), []
     student.register_forward_pre_hook(lambda module, inputs: seen.append(
-        (inputs[0].clone(), inputs[0].requires_grad, module.training)))
-    optimizer = torch.optim.SGD(student.parameters(), 0.0)
-    twin = copy.deepcopy(student)
-    twin._forward_pre_hooks.clear()
-    terms, logits = tst.train_step(student, teacher, augmenter, optimizer, images, labels, STEP)
-    assert augmenter.theta_m.grad is None and augmenter.theta_p.grad is None
+        (inputs[0].clone(), module.training)))
+    still = torch.optim.SGD(student.parameters(), 0.0)
+    terms, logits = tst.train_step(student, teacher, still, images, labels,
+                                   (first, labels.flip(0)), STEP)
     assert same(clone(teacher), before) and all(p.grad is None for p in teacher.parameters())
-    (both, tracked, training), = seen
-    assert training and not tracked and len(both) == 48
-    assert torch.equal(both[24:], images) and not torch.equal(both[:24], images)
-    s = twin(both)
-    with torch.no_grad():
-        t = teacher(both)
-    loss = (tst.distillation_loss(s[:24], t[:24], labels)
+    (both, training), = seen
+    assert training and torch.equal(both, torch.cat([first, images]))
+    s, t, y = twin(both), teacher(both).detach(), labels.flip(0)
+    loss = (tst.distillation_loss(s[:24], t[:24], y)
             + tst.distillation_loss(s[24:], t[24:], labels)) / 2
     loss.backward()
     for ours, theirs in zip(student.parameters(), twin.parameters()):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-6)
     assert torch.equal(logits, s[24:])
-    assert terms["ce"].item() == pytest.approx(F.cross_entropy(s, torch.cat([labels] * 2)).item())
-    assert terms["conf_t"].item() == pytest.approx(tst.true_class(t[:24], labels).item())
-    assert terms["conf_s"].item() == pytest.approx(tst.true_class(s[:24], labels).item())
-
-
-def test_controls_of_the_step():
-    student, teacher, images, labels = networks_of_shapes()
-    still = torch.optim.SGD(student.parameters(), 0.0)
-    s, t = copy.deepcopy(student)(images), teacher(images)
-    terms, logits = tst.train_step(student, teacher, None, still, images, labels, STEP)
-    assert terms["conf_t"] is None and torch.allclose(logits, s)
-    assert 16 * terms["kl"].item() == pytest.approx(16 * kl(t.detach().numpy(),
-                                                           s.detach().numpy(), 4), rel=1e-3)
-    flipped, other = images.flip(0), labels.flip(0)
-    terms, _ = tst.train_step(student, teacher, None, still, images, labels, STEP,
-                              (flipped * 2, other))
-    both = copy.deepcopy(student)(torch.cat([flipped * 2, images]))
-    assert terms["ce"].item() == pytest.approx(
-        F.cross_entropy(both, torch.cat([other, labels])).item(), rel=1e-4)
+    assert terms["ce"].item() == pytest.approx(F.cross_entropy(s, torch.cat([y, labels])).item())
+    assert terms["kl"].item() == pytest.approx(kl(t.numpy(), s.detach().numpy(), 4), rel=1e-3)
+    assert terms["conf_t"].item() == pytest.approx(tst.true_class(t[:24], y).item())
+    assert terms["conf_s"].item() == pytest.approx(tst.true_class(s[:24], y).item())
+    s = copy.deepcopy(student)(images)
+    terms, logits = tst.train_step(student, teacher, still, images, labels, None, STEP)
+    assert torch.equal(logits, s) and terms.keys() == {"ce", "kl"}
+    assert terms["ce"].item() == pytest.approx(F.cross_entropy(s, labels).item())
 
 
 # ------------------------------------------------------------------------------------------ flags
@@ -753,283 +727,248 @@ def test_controls_of_the_step():
     ("--search-epochs 0", "--search-epochs"), ("--student-term ce", "--student-term"),
     ("--augment some", "--augment"), ("--gate-temperature 0", "--gate-temperature"),
     ("--fit-steps 0", "--fit-steps"), ("--teacher-weights a b", "--teacher-weights"),
-    ("--student nonsense", "nonsense"), ("--temperature 0", "--temperature"),
-    ("--augment random --search-at 1", "--search-at"),
+    ("--temperature 0", "--temperature"), ("--augment random --search-at 1", "--search-at"),
     ("--augment none --search-epochs 1", "--search-epochs")])
 def test_argument_errors_are_one_line(flags, word, capsys):
-    with pytest.raises(SystemExit) as stop:
-        tst.parse_args(flags.split())
-    out, err = capsys.readouterr()
-    assert (stop.value.code, out) == (2, "") and word in err, err
-    assert err.count("\n") == 1 and err.endswith("\n")
+    assert word in refused("tst", flags, capsys)
 
 
 def test_defaults():
     found = tst.parse_args("--dataset cifar100 --device cpu".split())
     assert (found.teacher, found.student, found.epochs, found.batch_size, found.learning_rate,
             found.weight_decay, found.momentum, found.nesterov, found.temperature, found.weight,
-            found.operations, found.gate_temperature, found.search_at, found.search_epochs,
-            found.fit_steps) == ("resnet32x4", "resnet8x4", 240, 128, 0.1, 1e-4, 0.9, True, 4, 1,
-                                 4, 0.05, [30, 90], 30, 2000)
-    found = tst.parse_args("--dataset imagenet --device cpu".split())
-    assert (found.temperature, found.search_at, found.search_epochs) == (1, [10, 25], 5)
-    found = tst.parse_args("--dataset imagenet --epochs 5 --device cpu".split())
-    assert (found.search_at, found.search_epochs) == ([0, 1], 1)
-    found = tst.parse_args("--dataset cifar10 --device cpu".split())
-    assert (found.epochs, found.search_at, found.search_epochs) == (8, [1, 3], 1)
-    assert tst.parse_args("--epochs 1 --device cpu".split()).search_at == [0]
+            found.operations, found.gate_temperature, found.fit_steps) == (
+        "resnet32x4", "resnet8x4", 240, 128, 0.1, 1e-4, 0.9, True, 4, 1, 4, 0.05, 2000)
+    assert tst.parse_args("--dataset imagenet --device cpu".split()).temperature == 1
+
+
+@pytest.mark.parametrize("flags, at, passes", [
+    ("--dataset cifar100", [30, 90], 30), ("--dataset imagenet", [10, 25], 5),
+    ("--dataset imagenet --epochs 5", [0, 1], 1), ("--dataset cifar10", [1, 3], 1),
+    ("--epochs 1", [0], 1), ("--epochs 9 --search-at 0 8", [0, 8], 1),
+    ("--search-epochs 3", [1, 4], 3), ("--augment random", [], 0), ("--augment twice", [], 0)])
+def test_schedule(flags, at, passes):
+    """Every epoch of Stage III once and in order; a whole search right before some."""
+    arguments = tst.parse_args(["--device", "cpu", *flags.split()])
+    wanted = [[*((2, epoch, n) for n in range(passes) if epoch in at), (3, epoch, 0)]
+              for epoch in range(arguments.epochs)]
+    assert tst.schedule(arguments) == sum(wanted, [])
 
 
 # ------------------------------------------------------------------------------------------ runs
-TINY = ("--device cpu --teacher resnet8 --student resnet8x0.5 --epochs 3 --batch-size 50 "
-        "--fit-steps 5")
-SEARCH = "--search-epochs 2 --search-at 0 1"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def few_shapes():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common, "SHAPES_TRAIN", 260)
-        patch.setattr(common, "SHAPES_TEST", 100)
-        yield
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """run(out, flags): `python tst.py` in this process; returns what it printed."""
-    cache = tmp_path_factory.mktemp("cache")
-
-    def call(out, flags=""):
-        search = [] if "--augment" in flags else SEARCH.split()
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys, "argv", ["tst.py", *TINY.split(), "--out", str(out), "--cache",
-                                        str(cache), *search, *flags.split()])
-            with contextlib.redirect_stdout(io.StringIO()) as printed:
-                tst.main()
-        return printed.getvalue()
-    call.cache = cache
-    return call
+TINY = "--epochs 3 --fit-steps 5 "
+SEARCH = "--search-epochs 2 --search-at 0 1 "
 
 
 @pytest.fixture(scope="module")
 def whole(run, tmp_path_factory):
-    """A whole run, watched: student, theta and loader at every step."""
+    """A whole run, watched: what every step got."""
     folder, steps = tmp_path_factory.mktemp("whole"), []
     with pytest.MonkeyPatch.context() as patch:
-        search, train = tst.search_step, tst.train_step
+        search, train, forward = tst.search_step, tst.train_step, tst.Augmenter.forward
+        theta = []
 
-        def watch(stage, original):
-            def step(*args):
-                student, augmenter = (args[2], args[0]) if stage == 2 else (args[0], args[2])
-                entry = Namespace(stage=stage, student=clone(student), training=student.training,
-                                  theta=torch.cat([augmenter.theta_m, augmenter.theta_p]).detach())
-                entry.labels = args[5]
-                entry.momentum = None
-                if stage == 2:
-                    entry.momentum = len(args[3].state)
-                    entry.rate = args[3].param_groups[0]["lr"]
-                steps.append(entry)
-                return original(*args)
-            return step
-        patch.setattr(tst, "search_step", watch(2, search))
-        patch.setattr(tst, "train_step", watch(3, train))
-        printed = run(folder)
+        def watch_forward(augmenter, *args):
+            theta[:] = [torch.cat([augmenter.theta_m, augmenter.theta_p]).detach()]
+            found = forward(augmenter, *args)
+            assert found.requires_grad == torch.is_grad_enabled()
+            return found
+
+        def watch_search(augmenter, teacher, student, optimizer, images, labels, *rest):
+            entry = Namespace(stage=2, student=clone(student), networks=(teacher, student),
+                              learning=any(p.requires_grad for p in student.parameters()),
+                              training=student.training, momentum=len(optimizer.state),
+                              rate=optimizer.param_groups[0]["lr"])
+            found = search(augmenter, teacher, student, optimizer, images, labels, *rest)
+            entry.theta, entry.loss = theta[0], (found["L_T"] + found["L_S"]).item()
+            steps.append(entry)
+            return found
+
+        def watch_train(student, teacher, optimizer, images, labels, first, *rest):
+            assert torch.equal(first[1], labels) and not first[0].requires_grad
+            steps.append(Namespace(stage=3, student=clone(student), training=student.training,
+                                   learning=all(p.requires_grad for p in student.parameters()),
+                                   networks=(teacher,), labels=labels, theta=theta[0]))
+            return train(student, teacher, optimizer, images, labels, first, *rest)
+        patch.setattr(tst.Augmenter, "forward", watch_forward)
+        patch.setattr(tst, "search_step", watch_search)
+        patch.setattr(tst, "train_step", watch_train)
+        printed = run("tst", folder, TINY + SEARCH)
     return Namespace(folder=folder, steps=steps, printed=printed)
-
-
-def weights(path):
-    return torch.load(path, weights_only=True)
-
-
-def result_of(folder):
-    return json.loads((folder / "result.json").read_text())
-
-
-def table(printed):
-    lines = printed.split("\nTST on ")[-1].split("\nT, S:")[0].splitlines()[1:]
-    header, *rows = [re.split(r" {2,}", line.strip()) for line in lines if line.strip()]
-    return {row[0]: dict(zip(header[1:], row[1:])) for row in rows}
-
-
-def log_of(folder):
-    with open(folder / "log.csv", newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def test_stages_take_turns(whole):
     """Blocks of 2 x 6 steps before epochs 0 and 1; theta moves in them alone, the student not."""
-    stages = [step.stage for step in whole.steps]
-    assert stages == ([2] * 12 + [3] * 6) * 2 + [3] * 6
-    for before, after in itertools.pairwise(whole.steps):
+    steps = whole.steps
+    assert [step.stage for step in steps] == ([2] * 12 + [3] * 6) * 2 + [3] * 6
+    for before, after in itertools.pairwise(steps):
         assert same(before.student, after.student) == (before.stage == 2)
         assert torch.equal(before.theta, after.theta) == (before.stage == 3)
-    assert all(step.training == (step.stage == 3) for step in whole.steps)
-    assert not whole.steps[0].theta.any()
-    first, second = whole.steps[0], whole.steps[18]
+    assert all(step.training == step.learning == (step.stage == 3) for step in steps)
+    assert all(not network.training and not any(p.requires_grad for p in network.parameters())
+               for step in steps for network in step.networks)
+    assert not steps[0].theta.any()
+    first, second = steps[0], steps[18]
     assert first.momentum == second.momentum == 0  # (f): a new block clears momentum
-    assert whole.steps[1].momentum == 2 and second.rate == 0.01
+    assert steps[1].momentum == 2 and second.rate == 0.01
     assert second.theta.any()  # and keeps theta
 
 
-def test_the_log_has_the_25_series(whole):
-    rows = log_of(whole.folder)
-    header = ["step", "epoch", "stage", "teacher_term", "student_term", "conf_teacher",
-              "conf_student", *(f"m_{name}" for name in tst.OPERATIONS[:11]),
-              *(f"q_{name}" for name in tst.OPERATIONS)]
-    assert list(rows[0]) == header
-    assert [(int(row["step"]), row["stage"]) for row in rows] == [
-        (0, "2"), (6, "2"), (10, "2"), (18, "3"), (18, "2"), (20, "2"), (24, "2"), (36, "3"),
-        (42, "3")]
-    last = torch.sigmoid(weights(whole.folder / "augmenter.pt")["theta_p"])
-    assert float(rows[-1]["q_Cutout"]) == pytest.approx(last[13].item(), abs=1e-6)
+def test_the_log_and_the_25_series(whole):
+    rows, steps = log(whole.folder), log(whole.folder, "steps.csv")
+    assert [(row["epoch"], row["stage"], row["student_epoch"]) for row in rows] == [
+        ("1", "2", "1"), ("2", "2", "1"), ("3", "3", "1"), ("4", "2", "2"), ("5", "2", "2"),
+        ("6", "3", "2"), ("7", "3", "3")]
     for row in rows:
-        assert (row["teacher_term"] != "") == (row["stage"] == "2")
-        assert 0 <= float(row["conf_teacher"]) <= 1
+        searching = row["stage"] == "2"
+        assert {name for name, value in row.items() if not value} == (
+            {"ce", "kl", "train", "test"} if searching else {"L_T", "L_S"})
+    assert list(steps[0]) == [
+        "epoch", "step", *(f"m_{name}" for name in tst.OPERATIONS[:11]),
+        *(f"q_{name}" for name in tst.OPERATIONS), "L_T", "L_S", "conf_t", "conf_s"]
+    assert [(row["epoch"], row["step"]) for row in steps] == [
+        ("1", "1"), ("2", "1"), ("4", "1"), ("5", "1")]
+    after = torch.sigmoid(whole.steps[25].theta)  # behind the step that the last row tells of
+    assert [float(steps[3][name]) for name in ("m_Rotate", "q_Brightness", "q_Cutout")] == (
+        pytest.approx([after[place].item() for place in (10, 11, 24)], abs=1e-6))
+    losses = [step.loss for step in whole.steps[:6]]
+    assert float(steps[0]["L_T"]) + float(steps[0]["L_S"]) == pytest.approx(losses[0])
+    assert float(rows[0]["L_T"]) + float(rows[0]["L_S"]) == pytest.approx(
+        np.average(losses, weights=[50] * 5 + [10]), rel=1e-5)
 
 
 def test_the_plateau_rule_sets_the_search_rate(run, tmp_path, monkeypatch):
     """It gets the pass before (999 in a new block) and this pass's mean loss; every block starts
-    at 0.01."""
-    asked, rates, original = [], [], tst.search_step
-
-    def halve(previous, loss, rate):
-        asked.append((previous, loss))
-        return rate / 2
-
-    def watch(*args):
-        found = original(*args)
-        rates.append((args[3].param_groups[0]["lr"], (found["L_T"] + found["L_S"]).item()))
-        return found
-    monkeypatch.setattr(tst, "plateau", halve)
-    monkeypatch.setattr(tst, "search_step", watch)
-    run(tmp_path)
-    assert [rate for rate, _ in rates] == ([0.01] * 6 + [0.005] * 6) * 2
-    sizes = [50] * 5 + [10]
-    means = [np.average([loss for _, loss in rates[k:k + 6]], weights=sizes)
-             for k in range(0, 24, 6)]
-    assert [loss for _, loss in asked] == pytest.approx(means, rel=1e-5)
-    assert [previous for previous, _ in asked] == pytest.approx([999, means[0], 999, means[2]])
+    at 0.01. And every tenth step of a pass, of 13, is logged."""
+    asked = []
+    monkeypatch.setattr(tst, "plateau", lambda previous, loss, rate: asked.append(
+        (previous, loss)) or rate / 2)
+    run("tst", tmp_path, "--batch-size 20 --fit-steps 5 " + SEARCH)
+    rows = [row for row in log(tmp_path) if row["stage"] == "2"]
+    losses = [float(row["L_T"]) + float(row["L_S"]) for row in rows]
+    assert [float(row["lr"]) for row in rows] == [0.01, 0.005] * 2
+    assert sum(asked, ()) == pytest.approx(
+        (999, losses[0], losses[0], losses[1], 999, losses[2], losses[2], losses[3]))
+    assert [row["step"] for row in log(tmp_path, "steps.csv")] == ["1", "11"] * 4
 
 
-def test_result_and_pictures_without_matplotlib(whole):
+def test_the_result(whole):
     found = result_of(whole.folder)
     assert [block["search_at"] for block in found["blocks"]] == [0, 1]
-    assert set(found["seconds_by_stage"]) == {"I", "II", "III"}
+    stages = {name: sum(row["s"] for row in found["rows"] if row["stage"] == stage)
+              for name, stage in (("II", 2), ("III", 3))}
+    assert found["seconds_by_stage"] == {"I": pytest.approx(found["measures"]["fit"]), **{
+        name: pytest.approx(value) for name, value in stages.items()}}
     assert found["images"] == {"student forward and backward": 2 * 3 * 260,
                                "teacher forward": 2 * 3 * 260,
                                "both forward and backward to the image": 4 * 260}
     assert set(found["fit_errors"]) == set(tst.OPERATIONS[:11])
+    state = weights(whole.folder / "augmenter.pt")
+    for key, theta in (("magnitudes", "theta_m"), ("probabilities", "theta_p")):
+        assert found[key] == pytest.approx(torch.sigmoid(state[theta]).tolist())
+    row = table(whole.printed)["TST"]
+    for when in ("before", "after"):
+        assert [float(row[f"{who}_{when}"]) for who in "TS"] == pytest.approx(
+            found["blocks"][-1][when], abs=5e-4)
+    assert (row["epochs"], row["k_images"], row["k_searched"]) == ("3", "1.6", "1.0")
+    assert found["last_test"] == found["rows"][-1]["test"] == pytest.approx(float(row["test"]))
+
+
+def test_the_picture_of_the_images(whole):
+    """Rows of an image, of each operation alone at its magnitude, and of four draws of x~."""
     from PIL import Image
     with Image.open(whole.folder / "augmented.png") as picture:
-        assert picture.size == (19 * 18 + 2, 8 * 18 + 2)
-    row = table(whole.printed)["TST"]
-    for column, value in zip(("T_before", "S_before"), found["blocks"][-1]["before"]):
-        assert float(row[column]) == pytest.approx(value, abs=5e-4)
-    assert found["rows"][-1]["stage"] == 3 and found["last_test"] == found["rows"][-1]["test"]
+        pixels = torch.tensor(np.asarray(picture)).permute(2, 0, 1)
+    assert pixels.shape == (3, 8 * 18 + 2, 19 * 18 + 2)
+    tiles = [[pixels[:, 2 + 18 * r:18 + 18 * r, 2 + 18 * c:18 + 18 * c] for c in range(19)]
+             for r in range(8)]
+    for row in tiles:
+        assert torch.equal(row[13], 255 - row[0])  # Invert, the twelfth of 0 to 13
+        assert not torch.equal(row[15], row[16])
 
 
 def test_confidences_by_hand(whole, run):
     """The end's: the saved networks on the draws of the seed, ten images a draw."""
-    data = common.load_data("shapes", None, None, 1.0, 0, 0, 0, torch.device("cpu"))
-    teacher = common.build_model("resnet8", 20, 16)
+    data = shapes_data()
+    teacher, student = (common.build_model(name, 20, 16) for name in ("resnet8", "resnet8x0.5"))
     teacher.load_state_dict(weights(next(run.cache.glob("shapes-resnet8-3-*")) / "epoch-0003.pt"))
-    student = common.build_model("resnet8x0.5", 20, 16)
     student.load_state_dict(weights(whole.folder / "student.pt"))
-    augmenter = plain_augmenter(seed=0)
+    augmenter, draws, found = plain_augmenter(), generator(0), []
     augmenter.load_state_dict(weights(whole.folder / "augmenter.pt"))
-    found = []
     with torch.no_grad():
         for images, labels in data.test.batches(10):
-            x = augmenter(images)
+            x = augmenter(images, draws)
             found.append([network.eval()(x).softmax(1)[torch.arange(10), labels].mean().item()
                           for network in (teacher, student)])
     measured = result_of(whole.folder)["measures"]
     assert [measured["T_end"], measured["S_end"]] == pytest.approx(np.mean(found, 0), abs=1e-5)
+    student.train()
+    again = [tst.confidences(augmenter, teacher, student, data, STEP) for _ in "ab"]
+    assert again[0] == again[1] == pytest.approx([measured["T_end"], measured["S_end"]])
+    assert student.training
 
 
-def test_measuring_leaves_the_augmenters_draws_alone(tmp_path):
-    """And the measure draws the same every time."""
-    data = common.load_data("shapes", None, None, 1.0, 0, 0, 0, torch.device("cpu"))
-    student, teacher, *_ = networks_of_shapes()
-    augmenter = plain_augmenter(operations=14)
-    kept, state = augmenter.generator, augmenter.generator.get_state()
-    arguments = Namespace(**vars(STEP), seed=0)
-    first, second = (tst.confidences(augmenter, teacher, student, data, arguments) for _ in "ab")
-    tst.save_grid(augmenter, data, arguments, tmp_path / "grid.png")
-    assert first == second and student.training
-    assert augmenter.generator is kept and torch.equal(kept.get_state(), state)
-
-
-@pytest.mark.parametrize("stage, calls", [
-    ("first block, second pass", 8), ("a Stage III epoch", 15),
-    ("second block, second pass", 18 + 9)])
-def test_a_stopped_run_goes_on_bit_for_bit(whole, run, tmp_path, monkeypatch, stage, calls):
-    with monkeypatch.context() as patch:
-        count = itertools.count(1)
-
-        def stopping(original):
-            def step(*args):
-                if next(count) == calls:
-                    raise KeyboardInterrupt
-                return original(*args)
-            return step
-        patch.setattr(tst, "search_step", stopping(tst.search_step))
-        patch.setattr(tst, "train_step", stopping(tst.train_step))
-        with pytest.raises(KeyboardInterrupt):
-            run(tmp_path)
-    run(tmp_path, "--resume")
-    for name in ("student.pt", "augmenter.pt"):
-        assert same(weights(tmp_path / name), weights(whole.folder / name))
-    assert (tmp_path / "log.csv").read_bytes() == (whole.folder / "log.csv").read_bytes()
+@pytest.mark.parametrize("name, calls, left", [
+    ("train_step", 15, 6), ("search_step", 12 + 9, 18)])
+def test_a_stopped_run_goes_on_bit_for_bit(whole, run, tmp_path, name, calls, left):
+    """In the last epoch, behind one without a search; in the second pass of the second search."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stopped(patch, tst, name, calls)
+        run("tst", tmp_path, TINY + SEARCH)
+    steps = []
+    with pytest.MonkeyPatch.context() as patch:
+        search, train = tst.search_step, tst.train_step
+        patch.setattr(tst, "search_step", lambda *args: steps.append(2) or search(*args))
+        patch.setattr(tst, "train_step", lambda *args: steps.append(3) or train(*args))
+        run("tst", tmp_path, TINY + SEARCH + "--resume")
+    assert len(steps) == left  # no closed pass is repeated
+    for file in ("student.pt", "augmenter.pt"):
+        assert same(weights(tmp_path / file), weights(whole.folder / file))
+    assert log(tmp_path) == log(whole.folder)
+    assert log(tmp_path, "steps.csv") == log(whole.folder, "steps.csv")
     ours, theirs = result_of(tmp_path), result_of(whole.folder)
     assert ours["blocks"] == theirs["blocks"] and ours["measures"] == theirs["measures"]
 
 
-def test_compare_prints_every_control(whole, run, tmp_path):
-    found = table(run(tmp_path, "--compare"))
-    assert list(found) == ["teacher", "student alone", "KD on originals",
-                           "KD, 2B originals a step", "random augmentation", "TST"]
+def test_compare_prints_every_control(whole, run, tmp_path, monkeypatch):
+    """With equal originals in equal order; Stage I's encoders come from the cache."""
+    seen, original = [], tst.train_step
+
+    def watch(student, teacher, optimizer, images, labels, first, arguments):
+        seen.append((arguments.augment, labels, first))
+        return original(student, teacher, optimizer, images, labels, first, arguments)
+    fitted, fit = [], tst.fitted_encoders
+    monkeypatch.setattr(tst, "train_step", watch)
+    monkeypatch.setattr(tst, "fit_encoder", forbidden)
+    monkeypatch.setattr(tst, "fitted_encoders", lambda data, arguments: fitted.append(
+        arguments.augment) or fit(data, arguments))
+    found = table(run("tst", tmp_path, TINY + SEARCH + "--compare"))
+    assert list(found) == ["teacher", "student alone", "TST", "kd", "kd twice", "random"]
     assert found["TST"]["test"] == table(whole.printed)["TST"]["test"]
-    assert [row["k images"] for row in found.values()] == ["0.8", "0.8", "0.8", "1.6", "1.6", "1.6"]
-    assert [row["k searched"] for row in found.values()] == ["0.0"] * 5 + ["1.0"]
-    random = result_of(tmp_path / "random")
+    assert [row["k_images"] for row in found.values()] == ["0.8", "0.8", "1.6", "0.8", "1.6", "1.6"]
+    assert [row["k_searched"] for row in found.values()] == ["0.0"] * 2 + ["1.0"] + ["0.0"] * 3
+    assert {row["epochs"] for row in found.values()} == {"3"}
+    random, none = result_of(tmp_path / "random"), result_of(tmp_path / "kd")
     assert random["probabilities"] == [0.5] * 14 and random["magnitudes"] == [0.5] * 11
-    assert found["random augmentation"]["T_before"] == "-"
-    assert result_of(tmp_path / "none")["images"]["student forward and backward"] == 780
-
-
-def test_every_mode_sees_the_same_originals(run, tmp_path, whole, monkeypatch):
-    """The data order does not depend on --augment."""
-    orders = {"learned": [step.labels for step in whole.steps if step.stage == 3]}
-    for kind in ("random", "none"):
-        orders[kind], original = [], tst.train_step
-
-        def watch(*args, kind=kind, original=original):
-            orders[kind].append(args[5])
-            return original(*args)
-        with monkeypatch.context() as patch:
-            patch.setattr(tst, "train_step", watch)
-            run(tmp_path / kind, f"--augment {kind}")
-    for kind in ("random", "none"):
+    assert found["random"]["T_before"] == "-" != found["random"]["T_end"]
+    assert none["images"]["student forward and backward"] == 780
+    assert not (tmp_path / "kd" / "augmenter.pt").exists() and fitted == ["learned", "random"]
+    orders = {kind: [labels for augment, labels, _ in seen if augment == kind]
+              for kind in ("learned", "none", "twice", "random")}
+    first = {kind: [half for augment, _, half in seen if augment == kind] for kind in orders}
+    for kind in ("none", "twice", "random"):
         assert len(orders[kind]) == 18
         assert all(torch.equal(a, b) for a, b in zip(orders[kind], orders["learned"]))
-
-
-def test_stage_one_is_cached(run, tmp_path, monkeypatch, whole):
-    monkeypatch.setattr(tst, "fit_encoder", None)  # would fail if called
-    assert "Stage I:" not in run(tmp_path, "--augment random")
-    assert "Stage I:" in whole.printed
-
-
-def test_no_encoders_without_an_augmenter(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(tst, "fitted_encoders", None)
-    found = table(run(tmp_path, "--augment none"))
-    assert list(found) == ["teacher", "KD on originals"]
-    assert not (tmp_path / "augmenter.pt").exists()
+    assert first["none"] == [None] * 18
+    assert all(torch.equal(half[1], labels) for half, labels in zip(
+        first["random"], orders["random"]))
+    others = shapes_data().train.augmented(50, generator(tst.SEARCH))
+    for half, (images, labels) in zip(first["twice"], others):  # other originals, not x~
+        assert torch.equal(half[0], images) and torch.equal(half[1], labels)
 
 
 def test_imagenet_is_streamed_to_the_end(run, tmp_path):
-    """A tiny one: pictures and confidences without all images in memory."""
+    """A tiny one: picture and confidences without all images in memory; a teacher from a file."""
     from PIL import Image
     for part, count in (("train", 6), ("val", 4)):
         for label in range(2):
@@ -1038,68 +977,36 @@ def test_imagenet_is_streamed_to_the_end(run, tmp_path):
             for index in range(count):
                 pixels = np.random.default_rng(index).integers(0, 256, (40, 40, 3))
                 Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{index}.png")
+    torch.save(common.build_model("resnet8", 2, 16, 4).state_dict(), tmp_path / "teacher.pt")
     flags = (f"--dataset imagenet --data {tmp_path / 'data'} --image-size 16 --epochs 1 "
-             "--batch-size 6 --search-at 0 --search-epochs 1")
-    found = table(run(tmp_path / "out", flags))
-    assert list(found) == ["teacher", "TST"]
+             f"--batch-size 6 --fit-steps 5 --teacher-weights {tmp_path / 'teacher.pt'}")
+    found = table(run("tst", tmp_path / "out", flags))
+    assert list(found) == ["teacher", "TST"] and found["teacher"]["epochs"] == "-"
     assert (tmp_path / "out" / "augmented.png").stat().st_size > 1000
 
 
-def test_a_cache_that_cannot_be_written(run, tmp_path):
-    teacher = common.build_model("resnet8", 20, 16, 4)
-    common.save_weights(teacher.state_dict(), tmp_path / "teacher.pt")
-    (tmp_path / "file").write_text("x")
-    with pytest.raises(common.InputError, match="--cache"):
-        run(tmp_path / "out", f"--teacher-weights {tmp_path / 'teacher.pt'} --cache "
-                              f"{tmp_path / 'file'}")
-
-
 def test_negative_ce_seeds_open_set(run, tmp_path):
-    found = table(run(tmp_path, "--student-term negative_ce --open-set 4 --seed 0 1 --epochs 2"))
-    row = found["TST, negative_ce"]
+    flags = "--student-term negative_ce --open-set 4 --seed 0 1 --epochs 1 --fit-steps 5"
+    row = table(run("tst", tmp_path, flags))["TST, negative_ce"]
     assert "±" in row["rank1"] and "±" in row["T_after"]
-    assert {path.name for path in tmp_path.iterdir()} == {"seed-0", "seed-1"}
+    assert float(log(tmp_path / "seed-0")[0]["L_S"]) < 0
 
 
-def test_a_search_raises_the_gap_on_a_fixed_student(tmp_path, run, monkeypatch):
+def test_a_search_raises_the_gap_on_a_fixed_student(tmp_path, run):
     """Trained networks, several passes: mean p_T - p_S on augmented held-out images goes up."""
-    monkeypatch.setattr(common, "SHAPES_TRAIN", 1000)
-    monkeypatch.setattr(common, "SHAPES_TEST", 300)
-    run(tmp_path, "--epochs 6 --batch-size 20 --search-at 5 --search-epochs 5 --fit-steps 100")
-    (block,) = result_of(tmp_path)["blocks"]
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stopped(patch, tst, "train_step", 2 * 13 + 1)  # right behind the search
+        run("tst", tmp_path, "--epochs 12 --batch-size 20 --search-at 2 --search-epochs 6 "
+                             "--fit-steps 40 --teacher resnet8x0.5")
+    (block,) = weights(tmp_path / "checkpoint.pt")["state"]["blocks"]
     before, after = (block[when][0] - block[when][1] for when in ("before", "after"))
     assert after > before + 0.01
-    assert result_of(tmp_path)["last_test"] > 15
 
 
-def test_pictures(run, whole, tmp_path):
+def test_pictures(whole, monkeypatch):
     pytest.importorskip("matplotlib")
-    run(tmp_path, "--plot")
-    assert {path.name for path in tmp_path.glob("*.png")} == {
+    monkeypatch.syspath_prepend(common.Path(common.__file__).parent / "docs")
+    figures = __import__("figures")
+    figures.main(whole.folder)
+    assert {path.name for path in whole.folder.glob("*.png")} == {
         "augmented.png", "operations.png", "series.png"}
-
-
-def test_a_loss_that_is_not_finite_stops(run, tmp_path):
-    with pytest.raises(common.InputError, match="not finite"):
-        run(tmp_path, "--weight 1e38 --augment none")
-
-
-def readme_commands():
-    found = re.findall(r"python tst\.py[^`\n|]*", (ROOT / "README.md").read_text())
-    return sorted({command.strip() for command in found})
-
-
-@pytest.mark.parametrize("command", readme_commands())
-def test_commands_of_the_readme(command, tmp_path, run, monkeypatch):
-    """Every command is parsed as typed; those on the embedded set are run, made tiny."""
-    flags = shlex.split(command)[2:]
-    if "--plot" in flags:
-        pytest.importorskip("matplotlib")
-    tst.parse_args(flags)
-    if "--dataset" not in flags:
-        monkeypatch.chdir(tmp_path)
-        tiny = ["--epochs", "1", "--batch-size", "20", "--fit-steps", "2", "--search-at", "0",
-                "--search-epochs", "1"]
-        if "--augment" in flags:
-            tiny = tiny[:6]
-        run(tmp_path / "out", " ".join([*flags, *tiny]))
