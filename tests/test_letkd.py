@@ -879,6 +879,13 @@ def test_measures_by_hand(whole, run):
         assert found[key] == pytest.approx(right, abs=1.01)  # of 100 images, one may lie between
 
 
+def test_compile_takes_what_the_steps_call(play, tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda part: compiled.append(part.__name__) or part)
+    play(tmp_path, "--supervision none --epochs 1 --compile")
+    assert compiled == ["forward_features", "forward_scores"]  # the student alone; this one
+
+
 def test_a_stopped_run_goes_on_bit_for_bit(whole, play, tmp_path, monkeypatch):
     """In the second epoch of letKD-2, then in the second epoch of a control."""
     for function, call in (("train_step", 6 + 2), ("control_step", 6 + 2)):
@@ -940,6 +947,12 @@ def test_targets_are_cached_and_belong_to_their_teacher(tmp_path, monkeypatch):
             f"--cache {tmp_path} {TINY} {typed}"))
         files += 1
         assert len([*tmp_path.glob("shapes-resnet8-targets-*.pt")]) == files
+    seed = torch.Generator().manual_seed
+    inter, penult, labels = letkd.teacher_features(teacher, data, [4, 4], parsed(TINY + "--seed 1"))
+    words, decisions = fitted[teacher, "--seed 1"]
+    assert torch.equal(words, letkd.fit_words(penult, 12, seed(1)))
+    wanted = letkd.fit_decisions(inter, labels, 20, 2, 60, seed(1))
+    assert all(torch.equal(a, b) for a, b in zip(decisions[:4], wanted[:4]))
     assert fitted[teacher, "--words 13"].words.shape == (13, 64)
     assert fitted[teacher, "--dimensions 3"].decisions.weight.shape == (3, 64)
     monkeypatch.setattr(letkd, "teacher_features", forbidden)
