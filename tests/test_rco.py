@@ -5,13 +5,14 @@ specification (six decimals), beside them the numbers that the usual mistakes wo
 The runs call `rco.main` in this process on a few shapes and watch it through spies.
 """
 
+import importlib
 import math
 from argparse import Namespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import refused, result_of, same, table, tiny_cifar, weights
+from conftest import ROOT, refused, result_of, same, table, tiny_cifar, weights
 from torch import nn
 
 import common
@@ -538,6 +539,22 @@ def test_cifar10_from_its_own_archive(run, tmp_path, monkeypatch):
     assert "40 training, 10 held-out, 10 test images of 32x32, 10 classes; seed 0, cpu" in printed
     assert table(printed)["eei"]["test"] == f"{result_of(tmp_path / 'run')['last_test']:.2f}"
     assert weights(tmp_path / "run" / "student.pt")["head.weight"].shape == (10, 32)
+
+
+def test_figures_of_a_finished_run(once, monkeypatch, capsys, tmp_path):
+    pytest.importorskip("matplotlib")
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    figures, trace = importlib.import_module("figures"), once("--anchors 2")
+    figures.main(trace.out)
+    for name in ("hardness.png", "gap.png"):
+        assert (trace.out / name).read_bytes().startswith(b"\x89PNG")
+    (hardness,) = figures.rco(trace.out, trace.result)["hardness.png"].axes
+    drawn = [list(line.get_ydata()) for line in hardness.lines]
+    assert drawn == trace.result["route_kls"] and len(drawn) == 2
+    figures.main(trace.out, tmp_path / "gap.png")
+    assert [path.name for path in tmp_path.iterdir()] == ["gap.png"]
+    with pytest.raises(SystemExit, match="no other.png in this run"):
+        figures.main(trace.out, "other.png")
 
 
 # ------------------------------------------------------------------------------- argument errors
