@@ -517,9 +517,8 @@ def test_mimic_takes_a_tenth_of_the_rate_but_the_student_alone_does_not(run, tmp
     rates = {name: result_of(tmp_path / name)["rows"][0]["lr"] for name in
              ("", "kd", "kd-by-transfer")}
     assert rates == pytest.approx({"": 0.01, "kd": 0.1, "kd-by-transfer": 0.01})
-    (alone,) = [path for path in run.cache.glob("shapes-resnet8x0.5-1-*")
-                if result_of(path)["arguments"]["seed"] == 0]
-    assert result_of(alone)["rows"][0]["lr"] == 0.1
+    alone = {result_of(path)["rows"][0]["lr"] for path in run.cache.glob("shapes-resnet8x0.5-1-*")}
+    assert 0.1 in alone and 0.01 not in alone  # the cache is shared by all tests
     assert list(table(printed)) == ["teacher", "student alone", "eei mimic", "kd", "kd by transfer"]
 
 
