@@ -424,6 +424,11 @@ def fitted_encoders(data, arguments):
         encoders = nn.ModuleList([ColorEncoder() if i < COLOR else GeometricEncoder()
                                   for i in range(MOVABLE)]).to(arguments.device)
     if not path.exists():
+        try:
+            arguments.cache.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"--cache {arguments.cache} cannot be written ({error.strerror}); "
+                             "choose another folder") from None
         print(f"Stage I: {MOVABLE} encoders, {arguments.fit_steps} steps each; mean squared error "
               "of the fit (of doing nothing)")
         generator, images, start = torch.Generator().manual_seed(arguments.seed), [], time.time()
@@ -441,7 +446,6 @@ def fitted_encoders(data, arguments):
             errors[name] = (error, identity_error(name, images[:500], mean, std))
             print(f"  {name:10} {errors[name][0]:8.4f} ({errors[name][1]:.4f})", flush=True)
         seconds = time.time() - start
-        arguments.cache.mkdir(parents=True, exist_ok=True)
         save_file({"encoders": encoders.state_dict(), "errors": errors, "seconds": seconds}, path)
         print(f"  {seconds:.1f} s, kept in {path}")
     kept = load_file(path)
@@ -567,8 +571,8 @@ def train(record, data, teacher, arguments):
     while (done := len(record.rows)) < len(plan):
         stage, epoch, n = plan[done]
         test, lines = None, []
-        if stage == 2:
-            fixed = frozen(student)
+        if stage == 2:  # a pass of a search: theta learns
+            fixed = frozen(student)  # as the teacher is: eval mode, no gradients for its weights
             if n == 0:  # theta goes on; momentum, rate and plateau rule start again
                 search.state.clear()
                 search.param_groups[0]["lr"], record.state["loss"] = SEARCH_RATE, 999.0
@@ -588,7 +592,7 @@ def train(record, data, teacher, arguments):
             record.state["loss"] = loss
             if plan[done + 1][0] == 3:
                 blocks[-1]["after"] = confidences(augmenter, teacher, fixed, data, arguments)
-        else:
+        else:  # Stage III: the student learns
             lr, mean = rates[epoch], Mean()
             optimizer.param_groups[0]["lr"] = lr
             student.train()

@@ -133,9 +133,19 @@ def test_stratified(fraction, expected):
     assert fraction == 1 or not torch.equal(chosen, common.stratified(labels, fraction, seeded(2)))
 
 
-def test_train_fraction_and_validation_take_their_share_of_every_class(capsys, monkeypatch):
-    full, part = (shapes_data(train_fraction=share) for share in (1.0, 0.2))
-    data, again, other = (shapes_data(0.2, seed=seed) for seed in (1, 1, 2))
+@pytest.fixture
+def drawn(monkeypatch):
+    """drawn(validation, ...): drawn images as if they had been read from the files of a set."""
+    def call(validation=0.0, count=260, **flags):
+        parts = [common.make_shapes(size, 28, seed)[:2] for seed, size in enumerate((count, 100))]
+        monkeypatch.setattr(common, "_read_fashionmnist", lambda folder: (*parts, 20))
+        return shapes_data(validation, dataset="fashionmnist", **flags)
+    return call
+
+
+def test_train_fraction_and_validation_take_their_share_of_every_class(drawn, capsys):
+    full, part = (drawn(train_fraction=share) for share in (1.0, 0.2))
+    data, again, other = (drawn(0.2, seed=seed) for seed in (1, 1, 2))
     fifth = {label: max(1, round(0.2 * count)) for label, count in sizes(full.train).items()}
     assert sizes(part.train) == sizes(data.validation) == fifth
     assert len(full.validation) == 0 and full.unseen is None
@@ -147,19 +157,29 @@ def test_train_fraction_and_validation_take_their_share_of_every_class(capsys, m
     assert torch.equal(data.validation.images, again.validation.images)
     assert set(identities(data.validation)) != set(identities(other.validation))
     lines, count = capsys.readouterr().out.splitlines(), sum(fifth.values())
-    assert lines[0] == "shapes: 260 training, 100 test images of 16x16, 20 classes; seed 0, cpu"
-    assert f"shapes: {260 - count} training, {count} held-out, 100 test images" in lines[2]
-    monkeypatch.setattr(common, "SHAPES_TRAIN", 11_000)  # of which at most 10,000 are held out
-    full, data = (shapes_data(share, image_size=8) for share in (0.0, 0.95))
+    assert lines[0] == ("fashionmnist: 260 training, 100 test images of 28x28, 20 classes; seed 0, "
+                        "cpu")
+    assert f"fashionmnist: {260 - count} training, {count} held-out, 100 test images" in lines[2]
+    full, data = (drawn(share, 11_000) for share in (0.0, 0.95))  # at most 10,000 are held out
     expected = {label: round(count * 10 / 11) for label, count in sizes(full.train).items()}
     assert sizes(data.validation) == expected
+
+
+def test_held_out_shapes_are_drawn_besides():
+    full, data = shapes_data(), shapes_data(0.1, seed=1)
+    other = shapes_data(0.1, train_fraction=0.5)
+    assert torch.equal(data.train.images, full.train.images)
+    assert torch.equal(data.validation.images, common.make_shapes(26, 16, 2)[0])
+    assert torch.equal(other.validation.images, data.validation.images)
+    assert not {*identities(data.validation)} & {*identities(full.train), *identities(full.test)}
 
 
 def test_open_set_keeps_the_last_classes_apart_and_leaves_two():
     full, data = (shapes_data(0.1, open_set=kept) for kept in (0, 4))
     assert data.classes == 16
-    for part in (data.train, data.validation, data.test):
+    for part in (data.train, data.test):
         assert set(part.labels.tolist()) == set(range(16))
+    assert 0 < len(data.validation) < 26 and data.validation.labels.max() < 16
     assert set(data.unseen.labels.tolist()) == {16, 17, 18, 19}
     assert sorted(identities(data.unseen) + identities(data.test)) == sorted(identities(full.test))
     for kept in (1, 19, 20, 25):

@@ -339,7 +339,7 @@ ALL = "--generations 2 --compare"
 @pytest.fixture(scope="module")
 def whole(run, tmp_path_factory):
     """Two generations and all controls; the networks in the steps of the triplet."""
-    folder, steps = tmp_path_factory.mktemp("whole"), []
+    folder, cache, steps = tmp_path_factory.mktemp("whole"), tmp_path_factory.mktemp("cache"), []
     with pytest.MonkeyPatch.context() as patch:
         original = trikd.train_step
 
@@ -354,8 +354,8 @@ def whole(run, tmp_path_factory):
             entry.after = [clone(network) for network in networks]
             return found
         patch.setattr(trikd, "train_step", spy)
-        printed = run("trikd", folder, ALL)
-    return Namespace(folder=folder, cache=run.cache, printed=printed, steps=steps)
+        printed = run("trikd", folder, f"{ALL} --cache {cache}")
+    return Namespace(folder=folder, cache=cache, printed=printed, steps=steps)
 
 
 def test_generations_hand_over(whole):

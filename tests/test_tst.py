@@ -855,6 +855,8 @@ def test_the_plateau_rule_sets_the_search_rate(run, tmp_path, monkeypatch):
 def test_the_result(whole):
     found = result_of(whole.folder)
     assert [block["search_at"] for block in found["blocks"]] == [0, 1]
+    one, two = found["blocks"]  # theta rests between the searches and behind the last
+    assert one["after"][0] == two["before"][0] and two["after"][0] == found["measures"]["T_end"]
     stages = {name: sum(row["s"] for row in found["rows"] if row["stage"] == stage)
               for name, stage in (("II", 2), ("III", 3))}
     assert found["seconds_by_stage"] == {"I": pytest.approx(found["measures"]["fit"]), **{
@@ -983,6 +985,14 @@ def test_imagenet_is_streamed_to_the_end(run, tmp_path):
     found = table(run("tst", tmp_path / "out", flags))
     assert list(found) == ["teacher", "TST"] and found["teacher"]["epochs"] == "-"
     assert (tmp_path / "out" / "augmented.png").stat().st_size > 1000
+
+
+def test_a_cache_that_cannot_be_written(run, tmp_path):
+    torch.save(common.build_model("resnet8", 20, 16, 4).state_dict(), tmp_path / "teacher.pt")
+    (tmp_path / "file").touch()
+    with pytest.raises(common.InputError, match="--cache .*file cannot be written"):
+        run("tst", tmp_path / "out", f"--teacher-weights {tmp_path / 'teacher.pt'} "
+                                     f"--cache {tmp_path / 'file'}")
 
 
 def test_negative_ce_seeds_open_set(run, tmp_path):
