@@ -16,28 +16,44 @@ import copy
 import csv
 import gzip
 import hashlib
+import io
 import json
 import math
 import os
 import platform
 import re
+import shlex
 import subprocess
 import sys
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import nn
+
+def on_error(kind, error, trace):
+    """Ctrl-C ends as one line, also while torch is imported: the scripts import this file first."""
+    if kind is KeyboardInterrupt:
+        print(f"\n{Path(sys.argv[0]).name}: stopped; the same command with --resume goes on after "
+              "the last finished epoch", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = on_error
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from torch import nn  # noqa: E402
 
 SHAPES = {  # one recipe on the embedded set for all scripts, so that their tables can be compared
     "teacher": "resnet14", "student": "resnet8x0.5", "epochs": 12, "batch_size": 64,
     "learning_rate": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}
 DATASETS = ("shapes", "fashionmnist", "cifar10", "cifar100", "tinyimagenet", "imagenet", "folder")
+FIXED_SIZES = {"fashionmnist": 28, "cifar10": 32, "cifar100": 32}
 
 
 class InputError(ValueError):
@@ -52,6 +68,8 @@ class Parser(argparse.ArgumentParser):
 
 def number(kind, low, high=math.inf, low_allowed=True):
     """An argparse type: int or float within [low, high]; (low, high] if not `low_allowed`."""
+    high = min(high, 10**9) if kind is int else high
+
     def convert(text):
         try:
             value = kind(text)
@@ -67,6 +85,13 @@ def number(kind, low, high=math.inf, low_allowed=True):
     return convert
 
 
+def place(text):
+    """An argparse type: a path; the empty one, which would be the current folder, is refused."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the name is empty")
+    return Path(text)
+
+
 def base_parser(description, defaults, online=False, networks=None):
     """The flags all scripts share.
 
@@ -80,9 +105,12 @@ def base_parser(description, defaults, online=False, networks=None):
     add = parser.add_argument_group("data and networks").add_argument
     add("--dataset", default="shapes", choices=DATASETS,
         help="default: shapes, drawn by this program, no download")
-    add("--data", type=Path, metavar="DIR", help="where its files lie or go (default: data)")
+    add("--data", type=place, metavar="DIR", help="where its files lie or go (default: data)")
     add("--image-size", type=number(int, 8, 1024), metavar="PX",
         help="side of the images, for shapes, folder, tinyimagenet and imagenet")
+    for name, value in (("mean", "mean"), ("std", "standard deviation")):
+        add(f"--{name}", type=number(float, 0, 1), nargs=3, metavar=("R", "G", "B"),
+            help=f"{value} of the pixels in [0,1] that normalises them (default: by the data set)")
     add("--train-fraction", type=number(float, 0, 1, False), metavar="F", default=1.0,
         help="share of every class's training images to use (default: 1)")
     add("--open-set", type=number(int, 0), default=0, metavar="K",
@@ -90,10 +118,10 @@ def base_parser(description, defaults, online=False, networks=None):
     add("--teacher", nargs=networks, metavar="NAME", help="network of the teacher")
     add("--student", nargs=networks, metavar="NAME", help="network of the student")
     if not online:
-        add("--teacher-weights", type=Path, nargs="+", metavar="FILE",
-            help="your own teacher, as a plain state dict")
+        add("--teacher-weights", type=place, nargs="+", metavar="FILE",
+            help="your own teacher: a state dict, also as the field's repositories wrap it")
     add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=number(int, 1), metavar="E", help="epochs of a training")
+    add("--epochs", type=number(int, 1, 10**6), metavar="E", help="epochs of a training")
     add("--batch-size", type=number(int, 2), metavar="B", help="images a step")
     add("--learning-rate", type=positive, metavar="LR", help="initial learning rate of SGD")
     add("--momentum", type=number(float, 0, 1), metavar="M", help="momentum of SGD")
@@ -106,8 +134,10 @@ def base_parser(description, defaults, online=False, networks=None):
     add("--precision", default="fp32", choices=("fp32", "bf16"),
         help="bf16 is autocast; fp32 on a GPU leaves convolutions to TF32, torch's default")
     add("--compile", action="store_true", help="torch.compile the networks that learn")
-    add("--out", type=Path, metavar="DIR", help="folder of the records (default: runs/...)")
-    add("--cache", type=Path, default=Path("runs/cache"), metavar="DIR",
+    add("--workers", type=number(int, 0, 256), metavar="N",
+        help="processes that read imagenet (default: one a core, at most 16)")
+    add("--out", type=place, metavar="DIR", help="folder of the records (default: runs/...)")
+    add("--cache", type=place, default=Path("runs/cache"), metavar="DIR",
         help="folder of networks trained alone, shared by all runs (default: runs/cache)")
     add("--resume", action="store_true", help="go on with the run in --out")
     return parser
@@ -116,10 +146,11 @@ def base_parser(description, defaults, online=False, networks=None):
 def parse(parser, argv=None):
     """Parse, fill in the data set's defaults, choose the device; bad input ends here, exit 2."""
     arguments = parser.parse_args(argv)
+    parser.typed = {flag: value for flag, value in vars(arguments).items()
+                    if value != parser.get_default(flag)}
     if arguments.out is None:  # a folder named after the flags typed, so that runs do not collide
-        silent = {"dataset", "data", "out", "cache", "device", "resume"}
-        typed = [f"{flag}-{value}" for flag, value in vars(arguments).items()
-                 if flag not in silent and value != parser.get_default(flag)]
+        silent = {"dataset", "data", "out", "cache", "device", "resume", "workers"}
+        typed = [f"{flag}-{value}" for flag, value in parser.typed.items() if flag not in silent]
         name = "-".join([Path(parser.prog).stem, arguments.dataset, *typed])
         arguments.out = Path("runs") / re.sub(r"[^\w.]+", "-", name).strip("-")[:150]
     defaults = parser.chosen_defaults
@@ -130,6 +161,13 @@ def parse(parser, argv=None):
     for name in np.hstack([arguments.teacher, arguments.student]).tolist():
         if name not in MODELS and _resnet_plan(name) is None:
             parser.error(_unknown_network(name))
+    refuse_useless(parser, {
+        "data": (arguments.dataset != "shapes", "a --dataset that is read from files"),
+        "image_size": (arguments.dataset not in FIXED_SIZES, "shapes, folder and the ImageNets"),
+        "workers": (arguments.dataset == "imagenet", "imagenet"),
+        "mean": (arguments.std, "--std"), "std": (arguments.mean, "--mean")})
+    if arguments.std and not min(arguments.std):
+        parser.error("--std: must be above 0")
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
                  "cpu": True}
     if arguments.device == "auto":
@@ -137,21 +175,58 @@ def parse(parser, argv=None):
     if not available[arguments.device]:
         parser.error(f"--device {arguments.device}: torch sees no such device; try --device cpu")
     arguments.device = torch.device(arguments.device)
+    if arguments.compile:
+        try:
+            torch.compile(torch.sin)(torch.zeros(2, device=arguments.device))
+        except Exception as error:  # a compiler, Triton, this Python: torch has many words for it
+            parser.error(f"--compile: torch.compile does not work on this machine ("
+                         f"{str(error).strip().splitlines()[0]}); leave it out")
+    if arguments.precision == "bf16" and arguments.device.type == "cpu":
+        slower = bf16_cost()
+        if slower > 1.2:
+            print(f"--precision bf16: takes about {slower:.1f} times as long as fp32 on this "
+                  "processor")
     return arguments
 
 
+def refuse_useless(parser, conditions):
+    """Refuse what was typed without effect; {flag: (has it one here?, what it belongs to)}."""
+    for flag, (useful, owner) in conditions.items():
+        if flag in parser.typed and not useful:
+            parser.error(f"--{flag.replace('_', '-')} has no effect here: it belongs to {owner}")
+
+
+def bf16_cost():
+    """How many times as long as in fp32 a convolution takes in bf16 on the CPU, best of 5."""
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        x, weight = torch.zeros(16, 32, 32, 32, dtype=dtype), torch.zeros(32, 32, 3, 3, dtype=dtype)
+        for _ in range(5):
+            start = time.perf_counter()
+            F.conv2d(x, weight)
+            taken = time.perf_counter() - start
+            seconds[dtype] = min(taken, seconds.get(dtype, taken))
+    return seconds[torch.bfloat16] / seconds[torch.float32]
+
+
 def run_script(main):
-    """Call `main()`. Bad input ends as one line and exit code 2; Ctrl-C as 130 with a hint."""
-    script = Path(sys.argv[0]).name
+    """Call `main()`. Bad input ends as one line and exit code 2, a fault of the machine as 1."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal without ± shows "?"
     try:
         main()
+        sys.stdout.flush()
     except InputError as error:
-        print(f"{script}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print(f"\n{script}: stopped; the last finished epoch is saved, go on with the same command "
-              "and --resume", file=sys.stderr)
-        sys.exit(130)
+        text, code = error, 2
+    except BrokenPipeError:  # `| head`: nobody reads on, and Python must not flush at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        text, code = "stopped, its output was closed; the same command with --resume goes on", 1
+    except (OSError, MemoryError, torch.cuda.OutOfMemoryError) as error:
+        text, code = f"{type(error).__name__}: {error}", 1
+    else:
+        return
+    print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(text).split())}", file=sys.stderr)
+    sys.exit(code)
 
 
 # ------------------------------------------------------------------------------------------ 2. data
@@ -162,6 +237,8 @@ CHANNEL_STATISTICS = {  # mean, standard deviation of training pixels in [0,1]; 
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
 SHAPES_TRAIN, SHAPES_TEST = 2500, 2000  # images of the embedded set
+OUTLINES = ("disc", "ellipse", "triangle", "square", "bar", "pentagon", "cross", "flower",
+            "trefoil", "cardioid")
 
 
 @dataclass
@@ -179,9 +256,10 @@ class Split:
         """uint8 (B,3,H,W) -> float32: (x / 255 - mean) / std, as torchvision does it."""
         return images.float().div_(255).sub_(self.mean).div_(self.std)
 
-    def batches(self, batch_size=500):
+    def batches(self, batch_size=None):
         """Normalised images and labels in their order, not augmented."""
-        for images, labels in zip(self.images.split(batch_size), self.labels.split(batch_size)):
+        size = batch_size or evaluation_batch(self.images.shape[3])
+        for images, labels in zip(self.images.split(size), self.labels.split(size)):
             yield self.normalise(images), labels
 
     def augmented(self, batch_size, generator):
@@ -202,6 +280,11 @@ class Split:
     def fingerprint(self):
         arrays = (self.images.cpu().contiguous().numpy(), self.labels.cpu().numpy())
         return hashlib.sha1(b"".join(array.tobytes() for array in arrays)).hexdigest()
+
+
+def evaluation_batch(side):
+    """Images of side x side pixels in a batch that is only evaluated: 500, of large ones fewer."""
+    return max(32, min(500, 2**19 // side**2))
 
 
 def batch_slices(size, batch_size):
@@ -231,43 +314,60 @@ class StreamedSplit:
     Every image draws its crop from a seed of its own: the workers' number changes no pixel.
     """
 
-    def __init__(self, paths, labels, size, mean, std, device):
-        self.paths, self.labels, self.size, self.device = paths, labels, size, device
+    def __init__(self, paths, labels, size, mean, std, arguments):
+        self.paths = np.array([os.fsencode(path) for path in paths], "S")  # one block of memory
+        self.labels, self.size, self.device = labels, size, arguments.device
+        self.workers = min(16, os.cpu_count() or 1)
+        if arguments.workers is not None:
+            self.workers = arguments.workers
         self.statistics = mean.flatten().tolist(), std.flatten().tolist()
 
     def __len__(self):
         return len(self.paths)
 
-    def __getitem__(self, item):
+    def read(self, index, seed):
+        """One image (3,S,S), normalised; cropped at random by `seed`, at the centre if it is 0."""
         from torchvision.transforms import v2
-        index, seed = item
-        if seed is None:
-            crop = [v2.Resize(self.size * 256 // 224, antialias=True), v2.CenterCrop(self.size)]
-        else:
+        crop = [v2.Resize(self.size * 256 // 224, antialias=True), v2.CenterCrop(self.size)]
+        if seed:
             crop = [v2.RandomResizedCrop(self.size, antialias=True), v2.RandomHorizontalFlip()]
         transform = v2.Compose([v2.ToImage(), *crop, v2.ToDtype(torch.float32, scale=True),
                                 v2.Normalize(*self.statistics)])
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed or 0)
-            return transform(_open_image(self.paths[index])), int(self.labels[index])
+            torch.manual_seed(seed)
+            return transform(eight_bits(open_picture(os.fsdecode(self.paths[index]), False)))
 
-    def batches(self, batch_size=250, items=None):
-        items = items or [(index, None) for index in range(len(self))]
+    def __getitem__(self, batch):
+        """(images, labels) of a batch's indices and seeds; of an unreadable file its message."""
+        indices, seeds = batch
+        try:
+            images = [self.read(*one) for one in zip(indices.tolist(), seeds.tolist())]
+        except InputError as error:
+            return str(error)
+        return torch.stack(images), self.labels[indices]
+
+    def batches(self, batch_size=None, order=None, seeds=None):
+        order = torch.arange(len(self)) if order is None else order
+        seeds = torch.zeros_like(order) if seeds is None else seeds
+        slices = batch_slices(len(order), batch_size or evaluation_batch(self.size))
         loader = torch.utils.data.DataLoader(
-            self, batch_sampler=[items[where] for where in batch_slices(len(items), batch_size)],
-            num_workers=min(16, os.cpu_count() or 1), generator=torch.Generator(),
+            self, None, sampler=[(order[where], seeds[where]) for where in slices],
+            num_workers=self.workers, generator=torch.Generator(),
             pin_memory=self.device.type == "cuda")
-        for images, labels in loader:
-            yield (images.to(self.device, non_blocking=True),
-                   labels.to(self.device, non_blocking=True))
+        for batch in loader:
+            if isinstance(batch, str):
+                raise InputError(batch)
+            yield tuple(part.to(self.device, non_blocking=True) for part in batch)
 
     def augmented(self, batch_size, generator):
-        order = torch.randperm(len(self), generator=generator).tolist()
-        seeds = torch.randint(1, 2**62, (len(self),), generator=generator).tolist()
-        return self.batches(batch_size, list(zip(order, seeds)))
+        order = torch.randperm(len(self), generator=generator)
+        seeds = torch.randint(1, 2**62, (len(self),), generator=generator)
+        return self.batches(batch_size, order, seeds[order])
 
     def fingerprint(self):
-        names = [f"{path.parent.name}/{path.name}" for path in self.paths]
+        """By names and sizes: to read every file would take as long as an epoch."""
+        files = (os.fsdecode(path) for path in self.paths)
+        names = [f"{'/'.join(path.split(os.sep)[-2:])} {os.path.getsize(path)}" for path in files]
         return hashlib.sha1("\n".join(names).encode()).hexdigest()
 
 
@@ -279,10 +379,19 @@ class Data:
     validation: Split  # held out of train, never trained on; empty unless asked for
     test: Split  # never selects anything
     unseen: Split | None  # the classes that `open_set` kept out of all else
-    classes: int
+    names: list  # of the classes, by label
     image_size: int
     mean: tuple
     std: tuple
+
+    @property
+    def classes(self):
+        return len(self.names)
+
+    def facts(self):
+        """What settings and result.json say of the data: all that a loaded student needs."""
+        return {"classes": self.names, "image_size": self.image_size, "mean": self.mean,
+                "std": self.std, "fingerprint": self.train.fingerprint()}
 
 
 def make_shapes(count, image_size=16, seed=0):
@@ -356,10 +465,15 @@ def load_data(arguments, validation=0.0):
     is split 80/20 per class by the seed, and all images of its K unseen classes are `unseen`.
     Raises InputError when files are missing, empty or damaged.
     """
-    name, size, known, parts = _split(arguments, validation)
-    if name != "imagenet" and isinstance(parts[0][0], list):
-        parts = [(_decode(paths, size), labels) for paths, labels in parts]
-    if name in CHANNEL_STATISTICS:
+    name = arguments.dataset
+    size = FIXED_SIZES.get(name) or arguments.image_size or {
+        "shapes": 16, "tinyimagenet": 64, "imagenet": 224}.get(name, 32)
+    names, parts = _split(arguments, validation, size)
+    if name in ("folder", "tinyimagenet"):
+        parts = _decode(parts, size)
+    if arguments.mean:
+        mean, std = torch.tensor(arguments.mean), torch.tensor(arguments.std)
+    elif name in CHANNEL_STATISTICS:
         mean, std = (torch.tensor(value) for value in CHANNEL_STATISTICS[name])
     else:
         images = parts[0][0]
@@ -367,8 +481,7 @@ def load_data(arguments, validation=0.0):
         mean, std = sample.mean((0, 2, 3)), sample.std((0, 2, 3)).clamp_min(1e-3)
     statistics = mean.view(3, 1, 1), std.view(3, 1, 1)
     if name == "imagenet":
-        parts = [StreamedSplit(paths, labels, size, *statistics, arguments.device)
-                 for paths, labels in parts]
+        parts = [StreamedSplit(*part, size, *statistics, arguments) for part in parts]
     else:
         parts = [Split(*(value.contiguous().to(arguments.device)
                          for value in (*part, *statistics))) for part in parts]
@@ -380,31 +493,27 @@ def load_data(arguments, validation=0.0):
                          f"training images at --train-fraction {arguments.train_fraction:g}")
     held_out = f"{len(held)} held-out, " if len(held) else ""
     print(f"{name}: {len(train)} training, {held_out}{len(test)} test images of {size}x{size}, "
-          f"{known} classes; seed {arguments.seed}, {arguments.device}")
-    return Data(name, train, held, test, unseen if arguments.open_set else None, known, size,
+          f"{len(names)} classes ({names[0]} to {names[-1]}); seed {arguments.seed}, "
+          f"{arguments.device}")
+    return Data(name, train, held, test, unseen if arguments.open_set else None, names, size,
                 tuple(mean.tolist()), tuple(std.tolist()))
 
 
-def _split(arguments, validation):
-    """(name, image size, classes but the unseen, [train, held out, test, unseen] as read)."""
+def _split(arguments, validation, size):
+    """(names of the known classes, [train, held out, test, unseen] as read)."""
     name, folder = arguments.dataset, arguments.data or Path("data")
-    fixed = {"fashionmnist": 28, "cifar10": 32, "cifar100": 32}
-    if arguments.image_size and name in fixed:
-        raise InputError(f"--image-size cannot change {name}, only shapes, folder, *imagenet")
-    size = arguments.image_size or fixed.get(name) or {
-        "shapes": 16, "tinyimagenet": 64, "imagenet": 224}.get(name, 32)
     if name == "shapes":
         train, test = make_shapes(SHAPES_TRAIN, size, 0)[:2], make_shapes(SHAPES_TEST, size, 1)[:2]
-        classes = 20
+        names = [f"{fill} {outline}" for outline in OUTLINES for fill in ("solid", "hollow")]
     elif name == "fashionmnist":
-        train, test, classes = _read_fashionmnist(folder)
+        train, test, names = _read_fashionmnist(folder, arguments.data is None)
     else:
-        train, test, classes = (_read_cifar if name in fixed else _list_folder)(folder, name)
+        train, test, names = (_read_cifar if name in FIXED_SIZES else _list_folder)(folder, name)
     generator = torch.Generator().manual_seed(arguments.seed)
-    known = classes - arguments.open_set
+    known = len(names) - arguments.open_set
     if known < 2 or arguments.open_set == 1:
         raise InputError(f"--open-set {arguments.open_set}: keep out 2 classes or more, and leave "
-                         f"2 or more of the {classes} of {name} to train on")
+                         f"2 or more of the {len(names)} of {name} to train on")
     if test is None:
         keep = torch.zeros(len(train[1]), dtype=torch.bool)
         keep[stratified(train[1], 0.8, generator)] = True
@@ -417,7 +526,7 @@ def _split(arguments, validation):
     held = torch.zeros(len(train[1]), dtype=torch.bool)
     if validation and name == "shapes":
         held = make_shapes(round(validation * SHAPES_TRAIN), size, 2)[:2]
-        return name, size, known, [train, _take(held, held[1] < known), test, unseen]
+        return names[:known], [train, _take(held, held[1] < known), test, unseen]
     if validation:
         share = min(validation, 10_000 / len(train[1]))
         held[stratified(train[1], share, generator)] = True
@@ -426,9 +535,9 @@ def _split(arguments, validation):
         missing = set(range(known)) - set(part[1].tolist())
         if missing:
             hint = ", or a larger --train-fraction" * (part is train)
-            raise InputError(f"{name}: class {min(missing)} has no image left to {purpose}; it "
-                             f"needs more images{hint}")
-    return name, size, known, [train, held, test, unseen]
+            raise InputError(f"{name}: class {names[min(missing)]} has no image left to {purpose}; "
+                             f"it needs more images{hint}")
+    return names[:known], [train, held, test, unseen]
 
 
 def _take(part, where):
@@ -441,7 +550,7 @@ def _take(part, where):
 
 
 def _read_cifar(folder, name):
-    """(train, test, classes) by torchvision, which checks every file's md5 before it unpickles."""
+    """(train, test, names) by torchvision, which checks every file's md5 before it unpickles."""
     from torchvision import datasets
     kind = getattr(datasets, name.upper())
     if folder.name == kind.base_folder:
@@ -462,7 +571,7 @@ def _read_cifar(folder, name):
                          f"{folder}, or name its folder with --data") from None
     train, test = ((torch.from_numpy(part.data).movedim(3, 1), torch.tensor(part.targets))
                    for part in parts)  # (N,3,32,32) uint8, (N,)
-    return train, test, int(name[5:])
+    return train, test, parts[0].classes
 
 
 def _whole(path, md5):
@@ -472,12 +581,15 @@ def _whole(path, md5):
     return path
 
 
-def _read_fashionmnist(folder):
+def _read_fashionmnist(folder, anywhere):
+    """(train, test, names); `anywhere`: Debian's copy will do, since no --data was named."""
     names = {part: [f"{part}-images-idx3-ubyte.gz", f"{part}-labels-idx1-ubyte.gz"]
              for part in ("train", "t10k")}
-    places = [folder, folder / "FashionMNIST/raw", Path("/usr/share/datasets/fashion-mnist")]
+    places = [folder, folder / "FashionMNIST/raw"]
+    if anywhere:
+        places.append(Path("/usr/share/datasets/fashion-mnist"))
+    from torchvision import datasets
     if not any((place / names["train"][0]).exists() for place in places):
-        from torchvision import datasets
         print(f"fashionmnist: not in {folder}, downloading it there")
         try:
             datasets.FashionMNIST(folder, download=True)
@@ -499,71 +611,160 @@ def _read_fashionmnist(folder):
                              "get it again") from None
         parts.append((torch.from_numpy(pixels.copy()).expand(-1, 3, -1, -1),
                       torch.from_numpy(classes)))
-    return *parts, 10
+    return *parts, datasets.FashionMNIST.classes
+
+
+LAYOUT = "the layout is DIR/train/CLASS/* with DIR/test/CLASS/* or DIR/val/CLASS/*, or DIR/CLASS/*"
+NO_CLASSES = {"train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval"}
 
 
 def _list_folder(folder, name):
-    """(train, test, classes), parts as (paths, labels): DIR/train/CLASS/* and DIR/val (or test),
-    or DIR/CLASS/*, where test is None."""
-    if not folder.is_dir():
-        raise InputError(f"--data {folder}: no such folder; it must hold train/CLASS/* and "
-                         "test/CLASS/*, or CLASS/*")
+    """(train, test, names), parts as (paths, labels): see LAYOUT; test is None in its last form.
+
+    Names that start with a dot, __MACOSX, @eaDir and Thumbs.db are not there; links are followed.
+    Of test/ and val/ a folder's test part is test/, ImageNets' is val/: their test/ has no labels.
+    """
     from PIL import Image
-    endings = set(Image.registered_extensions())
+    endings, left_out = set(Image.registered_extensions()), Counter()
+
+    def entries(root):
+        return sorted((entry for entry in os.scandir(root) if not entry.name.startswith(".")
+                       and entry.name not in ("__MACOSX", "@eaDir", "Thumbs.db")),
+                      key=lambda entry: entry.name)
+
+    def pictures(root, above=()):
+        """All pictures in and below `root`, in the order of their names; no link back up."""
+        above, found = (*above, os.path.realpath(root)), []
+        for entry in entries(root):
+            ending = os.path.splitext(entry.name)[1].lower()
+            if entry.is_dir() and os.path.realpath(entry.path) not in above:
+                found += pictures(entry.path, above)
+            elif entry.is_file() and ending in endings:
+                found.append(entry.path)
+            else:
+                left_out[ending or "no ending"] += 1
+        return found
 
     def listing(root):
-        names = sorted(entry.name for entry in root.iterdir()
-                       if entry.is_dir() and not entry.name.startswith("."))
+        folders = [entry for entry in entries(root) if entry.is_dir()]
+        names = [entry.name for entry in folders]
         if len(names) < 2:
-            raise InputError(f"--data: {root} needs at least 2 class folders, it has {len(names)}")
+            raise InputError(f"--data: {root} needs at least 2 class folders, it has {len(names)}; "
+                             + LAYOUT)
         paths, labels = [], []
-        for label, name in enumerate(names):
-            files = sorted(file for file in (root / name).rglob("*")
-                           if file.suffix.lower() in endings)
+        for label, entry in enumerate(folders):
+            files = pictures(entry.path)
             if not files:
-                raise InputError(f"--data: class {root / name} has no image; add or remove it")
+                raise InputError(f"--data: class {entry.path} has no image; add or remove it")
             paths, labels = paths + files, labels + [label] * len(files)
         return names, (paths, torch.tensor(labels))
 
+    if not folder.is_dir():
+        raise InputError(f"--data {folder}: no such folder; {LAYOUT}")
     if not (folder / "train").is_dir():
-        names, both = listing(folder)
-        return both, None, len(names)
-    held = next((folder / name for name in ("val", "test") if (folder / name).is_dir()), None)
-    if held is None:
-        raise InputError(f"--data: {folder} has train/ but neither test/ nor val/ beside it")
-    names, train = listing(folder / "train")
-    if (held / "val_annotations.txt").exists():  # Tiny-ImageNet as it is handed out
-        lines = [line.split() for line in (held / "val_annotations.txt").read_text().splitlines()]
-        labels = torch.tensor([names.index(line[1]) for line in lines])
-        return train, ([held / "images" / line[0] for line in lines], labels), len(names)
-    test_names, test = listing(held)
-    if names != test_names:
-        odd = min(set(names) ^ set(test_names))
-        raise InputError(f"--data: class {odd} is not in both train/ and {held.name}/")
-    return train, test, len(names)
+        inner = {entry.name: entries(entry.path) for entry in entries(folder) if entry.is_dir()}
+        alike = [{entry.name for entry in inside} for inside in inner.values()
+                 if all(entry.is_dir() for entry in inside)]
+        if len(NO_CLASSES & {name.lower() for name in inner}) > 1 or (
+                len(alike) == len(inner) > 1 < len(alike[0]) and alike == alike[:1] * len(alike)):
+            raise InputError(f"--data {folder}: {', '.join(inner)} look like parts of a data set, "
+                             f"not like classes; {LAYOUT}")
+        names, train = listing(folder)
+        test = None
+    else:
+        order = ("test", "val") if name == "folder" else ("val", "test")
+        held = [folder / part for part in order if (folder / part).is_dir()]
+        if not held:
+            raise InputError(f"--data: {folder} has train/ but neither test/ nor val/; {LAYOUT}")
+        if len(held) > 1:
+            print(f"{name}: {held[0].name}/ is the test part, {held[1].name}/ is not read")
+        names, train = listing(folder / "train")
+        annotations = held[0] / "val_annotations.txt"  # Tiny-ImageNet as it is handed out
+        if annotations.exists():
+            test = _annotated(annotations, names)
+        else:
+            test_names, test = listing(held[0])
+            if names != test_names:
+                odd = min(set(names) ^ set(test_names))
+                raise InputError(f"--data: class {odd} is not in both train/ and {held[0].name}/")
+    if left_out:
+        print(f"{name}: left out {left_out.total()} files: "
+              + ", ".join(f"{ending} {count}" for ending, count in left_out.most_common()))
+    return train, test, names
 
 
-def _open_image(path):
-    from PIL import Image
+def _annotated(annotations, names):
+    """(paths, labels) of Tiny-ImageNet's validation images, of the classes `names` alone."""
+    paths, labels, others = [], [], []
+    for number, line in enumerate(annotations.read_text(errors="replace").splitlines(), 1):
+        file, name = (line.split() + ["", ""])[:2]
+        if not name:
+            raise InputError(f"{annotations}, line {number}: {line!r} does not name a file and its "
+                             "class")
+        if name in names:
+            paths.append(str(annotations.parent / "images" / file))
+            labels.append(names.index(name))
+        else:
+            others.append(name)
+    if others:
+        print(f"{annotations.name}: left out {len(others)} lines of classes that train/ does not "
+              f"have, such as {others[0]}")
+    return paths, torch.tensor(labels, dtype=torch.long)
+
+
+def open_picture(path, upright=True):
+    """A file as a PIL image in RGB; grey of 16 bits as mode "I", for `eight_bits`.
+
+    Alpha is laid over white; floats, whose white nobody knows, are refused; of a moving picture the
+    first is taken. `upright`: turned as EXIF says (not for ImageNet: the field trains on it as is).
+    InputError for a file that cannot be read.
+    """
+    from PIL import Image, ImageOps
     try:
         with Image.open(path) as image:
-            if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip to white
-                image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
+            if upright:
+                image = ImageOps.exif_transpose(image)
+            if image.mode == "F":
+                raise ValueError("its pixels are floats: save it with 8 or 16 bits")
+            if image.mode.startswith("I"):
+                image = image.convert("I")
+                least, most = image.getextrema()
+                if least < 0 or most >= 2**16:
+                    raise ValueError(f"grey from {least} to {most}: save it with 8 or 16 bits")
+                return image
+            if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"{path} cannot be read as an image ({error}); mend it") from None
 
 
-def _decode(paths, size):
-    """Files -> (N,3,size,size) uint8; an image of another size is resized, bilinear."""
+def eight_bits(image, largest=2**16 - 1):
+    """(S,S,3) uint8 of an `open_picture`; deep grey by one factor for a set whose largest value is
+    `largest`: the least of 2^8, 2^10, 2^12, 2^14, 2^16 levels that holds it becomes 256."""
+    pixels = np.asarray(image)
+    if pixels.ndim == 3:
+        return pixels
+    levels = next(2**bits for bits in (8, 10, 12, 14, 16) if largest < 2**bits)
+    grey = (pixels * (255 / (levels - 1))).round().astype(np.uint8)
+    return np.repeat(grey[:, :, None], 3, 2)
+
+
+def _decode(parts, size):
+    """[(paths, labels)] -> [((N,3,size,size) uint8, labels)]; other sizes are resized, bilinear."""
     def read(path):
-        image = _open_image(path)
-        return np.asarray(image if image.size == (size, size) else image.resize((size, size), 2))
+        image = open_picture(path)
+        largest = image.getextrema()[1] if image.mode == "I" else 0
+        return largest, image if image.size == (size, size) else image.resize((size, size), 2)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        pixels = list(pool.map(read, paths))
-    stacked = np.stack(pixels) if pixels else np.zeros((0, size, size, 3), np.uint8)
-    return torch.from_numpy(stacked).permute(0, 3, 1, 2)  # (N,3,S,S)
+        found = list(pool.map(read, sum((paths for paths, _ in parts), [])))
+        largest = max(value for value, _ in found)
+        pixels = list(pool.map(lambda one: eight_bits(one[1], largest), found))
+    stacked = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)  # (N,3,S,S)
+    images = stacked.split([len(paths) for paths, _ in parts])
+    return [(one, labels) for one, (_, labels) in zip(images, parts)]
 
 
 # ---------------------------------------------------------------------------------------- 3. models
@@ -780,6 +981,14 @@ def compile_network(network, arguments):
         network.forward_features = torch.compile(network.forward_features)
 
 
+def sound(path):
+    """Whether a file that `save_file` wrote is there and whole."""
+    try:
+        return bool(load_file(path))
+    except InputError:
+        return False
+
+
 def frozen(network):
     """A deep copy, batch-norm statistics included, in eval mode, that gets no gradient.
 
@@ -792,27 +1001,60 @@ def frozen(network):
     return twin
 
 
+WRAPPERS = ("state_dict_ema", "model_ema", "ema_state_dict", "ema", "state_dict",
+            "model_state_dict", "model", "net", "student")  # where the field's files keep weights
+
+
 def load_weights(network, path):
-    """Load a plain state dict into `network`; InputError when it is none or does not fit."""
-    try:
-        network.load_state_dict(load_file(path))
-    except (RuntimeError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} does not hold the weights of this network: {str(error)[:200]}"
-                         ) from None
+    """Load a state dict into `network`, also one that is wrapped or has the names of other code.
+
+    By name, without `module.` and `_orig_mod.`; else tensor by tensor in the file's order, if all
+    shapes agree. Half precision and files without `num_batches_tracked` will do. InputError else.
+    """
+    state, own = load_file(path), network.state_dict()
+    while isinstance(state, dict) and any(isinstance(state.get(key), dict) for key in WRAPPERS):
+        state = next(state[key] for key in WRAPPERS if isinstance(state.get(key), dict))
+    if isinstance(state, dict):
+        state = {re.sub(r"^((module|_orig_mod)\.)+", "", str(name)): value
+                 for name, value in state.items() if isinstance(value, torch.Tensor)}
+    counters = ("num_batches_tracked", "n_averaged")
+    found, wanted = ({name: value for name, value in part.items() if not name.endswith(counters)}
+                     for part in (state if isinstance(state, dict) else {}, own))
+    if found.keys() != wanted.keys():
+        state = found = dict(zip(wanted, found.values())) if len(found) == len(wanted) else found
+    theirs, ours = ([f"{name} {tuple(value.shape)}" for name, value in part.items()]
+                    for part in (found, wanted))
+    if {*theirs} != {*ours}:
+        odd = [[one for one in part if one not in other][:2] or part[:2]
+               for part, other in ((theirs, ours), (ours, theirs))]
+        raise InputError(f"{path} does not hold the weights of this network: it has {len(theirs)} "
+                         f"tensors, such as {', '.join(odd[0]) or 'none'}; expected are "
+                         f"{len(ours)}, such as {', '.join(odd[1])}")
+    network.load_state_dict({**own, **{name: state[name] for name in own if name in state}})
     return network
 
 
 def load_frozen(name, path, data, arguments):
-    """A finished network from a plain state dict (--teacher-weights), frozen, on the device."""
-    network = load_weights(build_model(name, data.classes, data.image_size), path)
-    return frozen(network).to(arguments.device)
+    """A given teacher (--teacher-weights), frozen, on the device; prints how good it is here."""
+    network = frozen(load_weights(build_model(name, data.classes, data.image_size), path))
+    network.to(arguments.device)
+    accuracy, sizes = evaluate(network, data.test, arguments), data.test.labels.bincount()
+    chance = 100 * sizes.max().item() / len(data.test)
+    mean, std = ([round(value, 4) for value in part] for part in (data.mean, data.std))
+    print(f"{path}: {name}, {accuracy:.2f} % on the test images, normalised by mean {mean}, "
+          f"standard deviation {std}")
+    if accuracy < chance + 0.1 * (100 - chance):
+        print(f"warning: that is near chance ({chance:.1f} %); the usual reasons are another "
+              "normalisation (--mean, --std) and another order of the classes")
+    return network
 
 
 # ------------------------------------------------------------------------------------ 4. evaluation
 def autocast(arguments):
     """bf16 autocast with --precision bf16, otherwise a context that does nothing."""
-    return torch.autocast(arguments.device.type, torch.bfloat16,
-                          enabled=arguments.precision == "bf16")
+    if arguments.precision == "fp32":  # torch 2.4 has no autocast on mps, not even one that is off
+        return nullcontext()
+    return torch.autocast(arguments.device.type, torch.bfloat16)
 
 
 @contextmanager
@@ -927,6 +1169,20 @@ def recognition(network, data, arguments, forward=None):
     return open_set_report(*found) if found else {}
 
 
+def open_set_rows(data, arguments):
+    """Rows of the table that recognition is to be compared with; [] where no class was kept out."""
+    if not data.unseen:
+        return []
+    sizes = data.unseen.labels.bincount().double()
+    chance = (sizes * (sizes - 1)).sum() / (sizes.sum() * (sizes.sum() - 1))
+    *_, name = np.hstack([arguments.student]).tolist()
+    untrained = build_model(name, data.classes, data.image_size, arguments.seed)
+    untrained.to(arguments.device)
+    return [{"run": "chance", "rank1": 100 * chance.item(), "verification": 50.0},
+            {"run": "raw pixels", **recognition(untrained, data, arguments, nn.Flatten())},
+            {"run": "untrained student", **recognition(untrained, data, arguments)}]
+
+
 # ------------------------------------------------------------------------------------------ 5. runs
 FORMATS = {"lr": ".5f", "train": ".2f", "test": ".2f", "teacher": ".2f", "teacher-1": ".2f",
            "teacher-2": ".2f", "student-1": ".2f", "paused": ".1f", "img/s": ".0f", "s": ".1f"}
@@ -935,28 +1191,36 @@ FORMATS = {"lr": ".5f", "train": ".2f", "test": ".2f", "teacher": ".2f", "teache
 def save_file(value, path):
     """Write text or a checkpoint atomically: a kill leaves the old file or the new one, whole."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    if isinstance(value, str):
-        partial.write_text(value)
-    else:
-        torch.save(value, partial)
+    with open(partial, "wb") as file:
+        if isinstance(value, str):
+            file.write(value.encode())
+        else:
+            torch.save(value, file)
     os.replace(partial, path)
 
 
 def load_file(path):
-    """torch.load with weights_only; InputError when missing, truncated or something else."""
+    """torch.load with weights_only; InputError when missing, damaged or something else."""
+    raw = content(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except Exception as error:  # zipfile, pickle, EOF or OS errors, by where the damage lies
-        raise InputError(f"{path} is truncated or no checkpoint ({type(error).__name__}); remove "
-                         "it or name another") from None
+        return torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
+    except Exception as error:  # zipfile, pickle, EOF: by where the damage lies
+        advice = "is damaged, or no file of torch.save"
+        if raw[8:10] == b'{"':
+            advice = ("is a safetensors file; re-save it in Python: from safetensors.torch import "
+                      f"load_file; torch.save(load_file('{path}'), 'plain.pt')")
+        elif "nsupported" in str(error) or "TorchScript" in str(error):  # pickled code
+            advice = ("holds more than tensors; if you trust it, re-save it in Python: "
+                      f"d = torch.load('{path}', weights_only=False); torch.save(d['model'] if "
+                      "isinstance(d, dict) else d.state_dict(), 'plain.pt')")
+        raise InputError(f"{path} {advice}") from None
 
 
 class Mean:
     """What an epoch's batches average to: loss terms, training accuracy, images a second."""
 
-    def __init__(self):
+    def __init__(self, network="the networks"):  # as an error names them
+        self.network = network
         self.sums, self.images, self.batches, self.correct, self.classified = {}, 0, 0, None, 0
         self.start = self.shown = time.time()
 
@@ -990,8 +1254,8 @@ class Mean:
                  for name, (total, count) in self.sums.items()}
         for name, value in means.items():
             if not math.isfinite(value or 0):
-                raise InputError(f"the term '{name}' is not finite; lower --learning-rate or its "
-                                 "weight, and choose another --out")
+                raise InputError(f"the loss term '{name}' of {self.network} is not finite; lower "
+                                 "--learning-rate or its weight, and choose another --out")
         return means
 
     def row(self):
@@ -1026,36 +1290,54 @@ class Record:
         self.folder, self.settings = Path(folder), json.loads(json.dumps(settings))
         self.parts, self.saved, self.state, self.rows, self.result = {}, {}, {}, [], None
         finished, checkpoint = self.folder / "result.json", self.folder / "checkpoint.pt"
+        ours, flag = (self.folder / ".lock").exists(), "--cache" if wait else "--out"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.lock = lock(self.folder / ".lock", wait)
-        except OSError as error:
-            raise InputError(f"--out {folder} cannot be written ({error.strerror}); choose another "
-                             "folder") from None
-        self.start = time.time()
-        if not (finished.exists() or checkpoint.exists()):
-            return
-        if not resume:
-            raise InputError(f"--out {folder} holds a run; add --resume to go on with it, or "
+        except (FileExistsError, NotADirectoryError, PermissionError) as error:
+            raise InputError(f"{flag} {folder} cannot be written ({error.strerror}); choose "
+                             "another folder") from None
+        for partial in self.folder.glob("*.partial"):  # what a kill left half written
+            partial.unlink()
+        self.start, left = time.time(), next((path for path in (finished, checkpoint) if
+                                              path.exists()), None)
+        foreign = [path.name for pattern in ("*.pt", "*.csv") for path in self.folder.glob(pattern)]
+        if left is None and foreign and not ours:
+            raise InputError(f"--out {folder} holds {foreign[0]}, but no run of this project; "
                              "choose another --out")
+        if left is None:
+            return
         try:
-            if finished.exists():
+            if left == finished:
                 self.result = json.loads(finished.read_text())
                 theirs, self.rows = self.result["arguments"], self.result["rows"]
             else:
                 self.saved = load_file(checkpoint)
                 theirs, self.rows, self.state = (
                     self.saved[name] for name in ("settings", "rows", "state"))
-                print(f"{folder}: goes on after epoch {len(self.rows)}")
             odd = [key for key in self.settings if theirs.get(key) != self.settings[key]]
-        except InputError:
-            raise
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise InputError(f"{finished if finished.exists() else checkpoint} is damaged or of "
-                             f"another project ({error}); choose another --out") from None
+        except (InputError, ValueError, LookupError, TypeError, AttributeError) as error:
+            if not wait:
+                raise InputError(f"{left} is damaged or of another project ({error}); choose "
+                                 "another --out") from None
+            self.discard(left)
+            return
         if odd:
             raise InputError(f"--out {folder} is of another run: {odd[0]} was "
                              f"{theirs.get(odd[0])}, now {self.settings[odd[0]]}; choose another")
+        if not resume:
+            raise InputError(f"--out {folder} holds this run; add --resume to go on with it, or "
+                             "choose another --out")
+        if self.saved:
+            print(f"{folder}: goes on after epoch {len(self.rows)}")
+        write_csv(self.rows, self.folder / "log.csv")  # again: somebody may have edited it
+
+    def discard(self, why):
+        """Forget what a folder of the cache holds: `why`, a file, is damaged or missing."""
+        print(f"{why} is damaged or missing: trained again")
+        for path in (*self.folder.glob("*.pt"), *self.folder.glob("*.json")):
+            path.unlink()
+        self.result, self.rows, self.saved, self.state = None, [], {}, {}
 
     def restore(self, **parts):
         """Name what a checkpoint holds: networks, optimizers, generators; before the loop, once.
@@ -1070,8 +1352,10 @@ class Record:
                 load = getattr(part, "set_state", None) or part.load_state_dict
                 load(self.saved["parts"][name])
         steps, self.size = self.folder / "steps.csv", self.saved.get("steps", 0)
-        if steps.exists():  # without what a killed run wrote after its last checkpoint
-            os.truncate(steps, self.size)
+        if steps.exists() and steps.stat().st_size >= self.size:
+            os.truncate(steps, self.size)  # what a killed run wrote after its last checkpoint
+        elif self.size:
+            print(f"{steps} was deleted or shortened: its earlier lines are lost")
 
     def close_epoch(self, row, epochs, lines=()):
         """Print the row, write log.csv, and the checkpoint; `lines` go to steps.csv.
@@ -1150,7 +1434,7 @@ def write_csv(rows, path, mode="w"):
 
 
 def environment():
-    """What ran: script, commit, machine and versions."""
+    """What ran: command, script, commit, machine and versions."""
     try:
         commit = subprocess.run(["git", "describe", "--always", "--dirty"], text=True,
                                 cwd=Path(__file__).resolve().parent, capture_output=True,
@@ -1158,19 +1442,21 @@ def environment():
     except OSError:  # no git on this machine
         commit = ""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"script": Path(sys.argv[0]).stem, "commit": commit or None,
-            "machine": platform.machine(), "gpu": gpu, "threads": torch.get_num_threads(),
-            "python": platform.python_version(), "torch": torch.__version__}
+    return {"script": Path(sys.argv[0]).stem, "command": shlex.join(sys.argv),
+            "commit": commit or None, "machine": platform.machine(), "gpu": gpu,
+            "threads": torch.get_num_threads(), "python": platform.python_version(),
+            "torch": torch.__version__}
 
 
 def sgd(parameters, arguments):
     """SGD with the shared flags, by Nesterov's rule where the script's paper has it.
 
-    `fused` makes a step one call, not several for each tensor.
+    `fused` makes a step one call, not several for each tensor (torch 2.4 cannot on mps).
     """
     nesterov = arguments.momentum > 0 and getattr(arguments, "nesterov", False)
     return torch.optim.SGD(parameters, arguments.learning_rate, arguments.momentum,
-                           weight_decay=arguments.weight_decay, nesterov=nesterov, fused=True)
+                           weight_decay=arguments.weight_decay, nesterov=nesterov,
+                           fused=arguments.device.type != "mps")
 
 
 def step_rates(initial, epochs):
@@ -1199,13 +1485,12 @@ def train_network(name, data, learning_rates, arguments, keep=(), seed=0, title=
             "device")},
         "torch": torch.__version__, "source": hashlib.sha1(Path(__file__).read_bytes()).hexdigest()}
     key = hashlib.sha1(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
-    folder = arguments.cache / f"{data.name}-{name}-{epochs}-{key}"
-    record = Record(folder, settings, True, wait=True)
-    kept = {int(path.stem.removeprefix("epoch-")) for path in folder.glob("epoch-*.pt")}
-    if {epoch for epoch in keep if epoch <= len(record.rows)} - kept:
-        for stale in ("result.json", "checkpoint.pt"):
-            (folder / stale).unlink(missing_ok=True)
-        record.result, record.rows, record.saved = None, [], {}
+    record = Record(arguments.cache / f"{data.name}-{name}-{epochs}-{key}", settings, True, True)
+    states = {epoch: record.folder / f"epoch-{epoch:04}.pt" for epoch in sorted(keep)}
+    keep |= {int(path.stem.removeprefix("epoch-")) for path in record.folder.glob("epoch-*.pt")}
+    for epoch, path in states.items():
+        if epoch <= len(record.rows) and not sound(path):
+            record.discard(path)
 
     def build():
         return build_model(name, data.classes, data.image_size, seed).to(arguments.device)
@@ -1220,7 +1505,7 @@ def train_network(name, data, learning_rates, arguments, keep=(), seed=0, title=
         compile_network(network, arguments)
         while (epoch := len(record.rows)) < epochs:
             optimizer.param_groups[0]["lr"] = learning_rates[epoch]
-            mean = Mean()
+            mean = Mean(title.strip())
             network.train()
             for images, labels in data.train.augmented(arguments.batch_size, shuffle):
                 with autocast(arguments):
@@ -1230,14 +1515,13 @@ def train_network(name, data, learning_rates, arguments, keep=(), seed=0, title=
                 loss.backward()
                 optimizer.step()
                 mean.add({"ce": loss}, logits, labels)
-            if epoch + 1 in keep | kept:
-                save_file(network.state_dict(), folder / f"epoch-{epoch + 1:04}.pt")
+            if epoch + 1 in keep:
+                save_file(network.state_dict(), record.folder / f"epoch-{epoch + 1:04}.pt")
             record.close_epoch({"lr": learning_rates[epoch], **mean.row(),
                                 "test": evaluate(network, data.test, arguments)}, epochs)
         record.finish({})
-    states = {epoch: load_weights(build(), folder / f"epoch-{epoch:04}.pt")
-              for epoch in sorted(keep)}
-    return record.result, {epoch: frozen(network) for epoch, network in states.items()}
+    return record.result, {epoch: frozen(load_weights(build(), path))
+                           for epoch, path in states.items()}
 
 
 # ------------------------------------------------------------------- 6. controls and their table
@@ -1256,13 +1540,13 @@ def planned_runs(arguments, data, name, controls):
     the runs before it, finished by then; None leaves the control out. A control that repeats an
     earlier run is left out. InputError, at the call, where the chosen run's folder is in use.
     """
-    fingerprint, records = data.train.fingerprint(), {}
+    facts, records = data.facts(), {}
 
     def planned(label, changed, why, folder=""):
         if callable(changed):
             changed = changed(records)
         flags = argparse.Namespace(**{**vars(arguments), **(changed or {})})
-        settings = {**describe(flags), "data_fingerprint": fingerprint}
+        settings = json.loads(json.dumps({**describe(flags), "data": facts}))
         if changed is None or settings in [record.settings for record in records.values()]:
             return []
         folder = arguments.out / re.sub(r"[^\w.]+", "-", folder)
@@ -1272,6 +1556,8 @@ def planned_runs(arguments, data, name, controls):
         return [(label, flags, record)]
 
     chosen = planned(name, {}, "the chosen run")
+    if arguments.resume and not (records[name].rows or records[name].result):
+        print(f"--resume: {arguments.out} holds nothing to resume, the run starts")
 
     def in_order():
         yield from chosen
@@ -1281,10 +1567,24 @@ def planned_runs(arguments, data, name, controls):
 
 
 def describe(arguments):
-    """Every argument that changes the result, as JSON: what a checkpoint must agree with."""
-    skip = {"out", "resume", "cache", "compare", "data"}
-    return {key: value if isinstance(value, (int, float, str, type(None))) else str(value)
-            for key, value in sorted(vars(arguments).items()) if key not in skip}
+    """Every argument that changes the result, as JSON: what a checkpoint must agree with.
+
+    Files count by their content, whatever their place.
+    """
+    skip = {"out", "resume", "cache", "compare", "data", "workers"}
+    found = {key: value if isinstance(value, (int, float, str, type(None))) else str(value)
+             for key, value in sorted(vars(arguments).items()) if key not in skip}
+    if found.get("teacher_weights"):
+        found["teacher_weights"] = [hashlib.sha1(content(path)).hexdigest()
+                                    for path in arguments.teacher_weights]
+    return found
+
+
+def content(path):
+    """The bytes of a file that the user named; InputError where there is none."""
+    if not os.path.isfile(path):  # a FIFO would wait for ever
+        raise InputError(f"{path}: no such file")
+    return Path(path).read_bytes()
 
 
 def print_table(tables, formats, title):

@@ -85,7 +85,7 @@ def shapes_data(validation=0.0, **flags):
     """The embedded set as the scripts load it."""
     return common.load_data(Namespace(**{
         "dataset": "shapes", "data": None, "image_size": None, "train_fraction": 1.0, "open_set": 0,
-        "seed": 0, "batch_size": 50, "device": torch.device("cpu"), **flags}), validation)
+        "mean": None, "std": None, "workers": None, "seed": 0, "batch_size": 50, "device": torch.device("cpu"), **flags}), validation)
 
 
 def weights(path):
@@ -111,7 +111,7 @@ def log(folder, name="log.csv"):
 def same_run(one, other):
     """Two folders hold the same networks, logs and results, but for what a clock decides."""
     names = {path.name for path in Path(one).glob("*.pt")}
-    timed = {"seconds", "rows"}
+    timed = {"seconds", "rows", "command"}
     ours, theirs = ({key: value for key, value in result_of(folder).items() if key not in timed}
                     for folder in (one, other))
     return (names == {path.name for path in Path(other).glob("*.pt")} and len(names) > 0
