@@ -85,7 +85,8 @@ def shapes_data(validation=0.0, **flags):
     """The embedded set as the scripts load it."""
     return common.load_data(Namespace(**{
         "dataset": "shapes", "data": None, "image_size": None, "train_fraction": 1.0, "open_set": 0,
-        "mean": None, "std": None, "workers": None, "seed": 0, "batch_size": 50, "device": torch.device("cpu"), **flags}), validation)
+        "mean": None, "std": None, "workers": None, "seed": 0, "batch_size": 50,
+        "device": torch.device("cpu"), **flags}), validation)
 
 
 def weights(path):

@@ -3,12 +3,11 @@
 Flags of the five scripts, teachers' files, folders of pictures, faults of machine and disk.
 """
 
-import json
 import os
+import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -58,7 +57,7 @@ def test_compile_that_cannot_work_ends_and_slow_bf16_goes_on_with_a_line(monkeyp
         raise RuntimeError("No working C++ compiler\nlong story")
     monkeypatch.setattr(torch, "compile", no_compiler)
     line = refused("tst", "--device cpu --compile", capsys)
-    assert "--compile: torch.compile does not work on this machine (No working C++ compiler)" in line
+    assert "torch.compile does not work on this machine (No working C++ compiler)" in line
     for cost, says in ((4.2, "about 4.2 times as long as fp32"), (0.6, "")):
         monkeypatch.setattr(common, "bf16_cost", lambda cost=cost: cost)
         assert rco.parse_args(["--device", "cpu", "--precision", "bf16"]).precision == "bf16"
@@ -90,7 +89,7 @@ FORMS = {  # what people have: a function of the plain state dict
     "averaged": lambda s: {"n_averaged": torch.tensor(3), **renamed(s, "module.{}".format)},
     "half": lambda s: {key: value.half() for key, value in s.items()},
     "before num_batches_tracked": lambda s: without(s, "num_batches"),
-    "other names": lambda s: {f"{n}.{key.split('.')[-1]}": v for n, (key, v) in enumerate(s.items())},
+    "other names": lambda s: {f"{n}.{k.split('.')[-1]}": s[k] for n, k in enumerate(s)},
     "other names, wrapped": lambda s: {"model": {
         f"features.{n}": v for n, v in enumerate(without(s, "num_batches").values())}},
 }
@@ -164,23 +163,22 @@ def test_a_given_teachers_accuracy_and_normalisation_are_printed(run, tmp_path, 
     """Near chance with a warning; a trained one without; --mean and --std reach the images."""
     torch.save(teacher.state_dict(), tmp_path / "poor.pt")
     run("rco", tmp_path / "a", "--strategy kd --epochs 6 --learning-rate 0.2 --batch-size 20")
-    good, network = next(run.cache.glob("shapes-resnet8-6-*/epoch-0006.pt")), None
-    for path, warned in ((tmp_path / "poor.pt", True), (good, False)):
-        printed = run("rco", tmp_path / path.stem, f"--strategy kd --teacher-weights {path} "
-                      "--epochs 1 --mean 0.25 0.5 0.75 --std 0.5 0.25 0.125")
-        network = common.load_weights(common.build_model("resnet8", 20, 16), path).eval()
-        images = shapes_data().test.images / 255 - torch.tensor([0.25, 0.5, 0.75]).view(3, 1, 1)
-        images /= torch.tensor([0.5, 0.25, 0.125]).view(3, 1, 1)
-        right = 100 * (network(images).argmax(1) == shapes_data().test.labels).double().mean()
-        assert (f"{path}: resnet8, {right:.2f} % on the test images, normalised by mean "
-                "[0.25, 0.5, 0.75], standard deviation [0.5, 0.25, 0.125]") in printed
-        facts = result_of(tmp_path / path.stem)["arguments"]["data"]
-        assert (facts["mean"], facts["std"]) == ([0.25, 0.5, 0.75], [0.5, 0.25, 0.125])
-    printed = run("rco", tmp_path / "b", f"--strategy kd --epochs 1 --teacher-weights {good}")
-    assert "warning: that is near chance" not in printed
-    printed = run("rco", tmp_path / "c", f"--strategy kd --epochs 1 --teacher-weights "
-                  f"{tmp_path}/poor.pt")
+    good = next(run.cache.glob("shapes-resnet8-6-*/epoch-0006.pt"))
+    flags = "--strategy kd --epochs 1 --teacher-weights"
+    assert "near chance" not in run("rco", tmp_path / "b", f"{flags} {good}")
+    printed = run("rco", tmp_path / "c", f"{flags} {tmp_path}/poor.pt")
     assert "warning: that is near chance (" in printed and "order of the classes" in printed
+
+    mean, std = [0.25, 0.5, 0.75], [0.5, 0.25, 0.125]
+    printed = run("rco", tmp_path / "d", f"{flags} {good} --mean 0.25 0.5 0.75 --std 0.5 0.25 "
+                  "0.125")
+    network = common.load_weights(common.build_model("resnet8", 20, 16), good).eval()
+    test, (low, wide) = shapes_data().test, torch.tensor([mean, std]).view(2, 3, 1, 1)
+    right = 100 * (network((test.images / 255 - low) / wide).argmax(1) == test.labels).double()
+    assert (f"{good}: resnet8, {right.mean():.2f} % on the test images, normalised by mean {mean}, "
+            f"standard deviation {std}") in printed
+    facts = result_of(tmp_path / "d")["arguments"]["data"]
+    assert (facts["mean"], facts["std"]) == (mean, std)
 
 
 def test_resume_looks_at_the_content_of_a_teachers_file(run, tmp_path, teacher):
@@ -483,14 +481,18 @@ def test_open_set_tables_say_what_chance_pixels_and_random_weights_give(run, tmp
     assert {"untrained student", "kd"} < set(rows)
 
 
-def test_a_record_says_how_to_use_its_student(run, tmp_path):
-    """The README's loading lines: names, mean, deviation, size; one picture is classified."""
-    root = tree(tmp_path / "data", {**split("train", "test", count=30)})
-    run("rco", tmp_path / "out", f"--dataset folder --data {root} --image-size 16 --strategy kd "
-        "--epochs 1 --batch-size 20")
-    facts = json.loads(Path(tmp_path / "out/result.json").read_text())["arguments"]["data"]
+def test_the_readmes_loading_lines_classify_one_picture(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    green = np.zeros_like(RGB) + np.uint8([40, 200, 40])
+    root = tree(tmp_path / "data", {f"{part}/{name}/{n}.png": picture - np.uint8(n)
+                                    for part in ("train", "test") for n in range(30)
+                                    for name, picture in (("ant", 255 - green), ("bee", green))})
+    run("rco", "runs/rco-shapes", f"--dataset folder --data {root} --image-size 16 --strategy kd "
+        "--epochs 6 --batch-size 6")
+    facts = result_of("runs/rco-shapes")["arguments"]["data"]
     assert facts["classes"] == ["ant", "bee"] and facts["image_size"] == 16
-    expected = RGB.reshape(-1, 3) / 255
-    assert facts["mean"] == pytest.approx(expected.mean(0), abs=1e-4)
-    assert facts["std"] == pytest.approx(expected.std(0), abs=1e-3)
-    assert "command" in result_of(tmp_path / "out")
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    for name, picture in (("ant", 255 - green), ("bee", green)):
+        Image.fromarray(picture).resize((40, 30)).save("picture.png")
+        exec(block, {})
+        assert capsys.readouterr().out.strip() == name
