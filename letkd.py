@@ -418,7 +418,7 @@ def pooled(features, side):
     """Average-pool square maps r times larger than the student's, as in CODE; ValueError if r is no
     integer."""
     r, rest = divmod(features.shape[3], side)
-    if r < 1 or rest or features.shape[2] != features.shape[3]:
+    if rest or features.shape[2] != features.shape[3]:
         raise ValueError(f"the teacher's maps are {features.shape[2]}x{features.shape[3]}, the "
                          f"student's {side}x{side}")
     return F.avg_pool2d(features, r) if r > 1 else features
