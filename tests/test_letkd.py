@@ -84,8 +84,9 @@ def test_layer_goldens_and_the_usual_mistakes():
     check(x_hat_eval, X_HAT_EVAL)
     check(F.relu(layer.norm(scores)), P_HAT)
     assert torch.equal(same_scores, scores) and layer.fired.all() and not fresh.fired.any()
-    for wrong, listed in ((X[0] + 0.5 * unit(V) @ P_HAT[0], (1.315371, 0.080011)),  # p^ as it is
-                          (X[0] + 0.5 * unit(V, 0) @ unit(P_HAT[0]), (1.596913, 0.161511))):  # V along d
+    for wrong, listed in (  # p^ as it is; V normalised along d
+            (X[0] + 0.5 * unit(V) @ P_HAT[0], (1.315371, 0.080011)),
+            (X[0] + 0.5 * unit(V, 0) @ unit(P_HAT[0]), (1.596913, 0.161511))):
         assert wrong == pytest.approx(listed, abs=DIGITS) and np.abs(wrong - X_HAT[0]).max() > 5e-3
 
 
@@ -445,7 +446,6 @@ def test_a_run_without_a_teacher(run, tmp_path, monkeypatch):
     """A tenth of the rate in the third of three epochs; firing is counted in each epoch anew;
     --compile takes what the steps call; the student runs without anything else."""
     compiled, rates, step = [], [], letkd.train_step
-
     def watched(student, teacher, targets, optimizer, *rest):
         assert student.training and teacher is None and targets is None
         rates.append(optimizer.param_groups[0]["lr"])
