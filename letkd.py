@@ -136,12 +136,13 @@ def nearest(points, centres):
     return tuple(torch.cat(part) for part in zip(*chunks))
 
 
-def group_sums(points, index, count):
-    """Of points (N,D) and their groups' index (N,): sums (count,D) in float64, sizes (count,)."""
+def group_means(points, index, count):
+    """Of points (N,D) and their groups' index (N,): means (count,D) in float64, sizes (count,)."""
     sums = torch.zeros(count, points.shape[1], dtype=torch.float64, device=points.device)
     for part, z in zip(index.split(100_000), points.split(100_000)):
         sums.index_add_(0, part, z.double())
-    return sums, index.bincount(minlength=count)
+    size = index.bincount(minlength=count)
+    return sums / size.clamp_min(1)[:, None], size  # the mean of an empty group is 0
 
 
 def k_means(points, count, generator=None, iterations=20):
@@ -157,8 +158,8 @@ def k_means(points, count, generator=None, iterations=20):
     centres = points[start.to(points.device)]
     for _ in range(iterations):
         index, distance = nearest(points, centres)
-        sums, size = group_sums(points, index, count)
-        centres = (sums / size.clamp_min(1)[:, None]).to(points.dtype)
+        means, size = group_means(points, index, count)
+        centres = means.to(points.dtype)
         empty = (size == 0).nonzero().flatten()
         if len(empty):
             farthest = distance.argsort(descending=True, stable=True)[:len(empty)]
@@ -198,8 +199,8 @@ class Decisions(NamedTuple):
 def discriminant(features, labels, classes, dimensions):
     """Eq. (8): W (L,D) and b (L,) of the LDA of features (N,D) with labels (N,), in float64."""
     D = features.shape[1]
-    sums, size = group_sums(features, labels, classes)
-    mu, mu_all = sums / size.clamp_min(1)[:, None], sums.sum(0) / len(labels)  # (C,D), (D,)
+    mu, size = group_means(features, labels, classes)  # (C,D), (C,)
+    mu_all = size.double() @ mu / len(labels)  # (D,)
     # Eq. (8): S_w = sum (z - mu_y)(z - mu_y)^T / (N - C),
     #          S_b = sum_c N_c (mu_c - mu_all)(mu_c - mu_all)^T / N
     S_w = torch.zeros(D, D, dtype=torch.float64, device=features.device)
@@ -228,10 +229,6 @@ def fit_decisions(features, labels, classes, per_class=8, dimensions=60, generat
     sub-classes.
     """
     k = per_class
-    sizes = labels.bincount(minlength=classes)
-    if len(sizes) > classes or sizes.min() < k:
-        raise ValueError(f"every one of {classes} classes needs at least {k} rows, the smallest "
-                         f"has {int(sizes.min())}")
     W, b = discriminant(features, labels, classes, dimensions)
     # Eq. (8): g = W z + b, class after class
     g = [features[labels == y].double() @ W.T + b for y in range(classes)]  # (N_y,L) each
@@ -240,8 +237,8 @@ def fit_decisions(features, labels, classes, per_class=8, dimensions=60, generat
     c_n, g = torch.cat(centres), torch.cat(g)  # (C k, L), (N,L)
     h1 = torch.cat([y * k + index for y, index in enumerate(nearest_own)])  # (N,)
     # Eq. (10): q_n = mean of the g with h1 = n; an empty one keeps its centre (READING)
-    sums, size = group_sums(g, h1, len(c_n))
-    q_n = torch.where(size[:, None] > 0, sums / size.clamp_min(1)[:, None], c_n)
+    means, size = group_means(g, h1, len(c_n))
+    q_n = torch.where(size[:, None] > 0, means, c_n)
     # Eq. (10): h2 = argmin over ALL n of ||g - q_n||^2
     h2, _ = nearest(g, q_n)
     # Eq. (11): s_T[n,m] = #{h1 = n and h2 = m} / #{h1 = n}; an empty row: one-hot (READING)
@@ -458,17 +455,13 @@ class Targets(NamedTuple):
     decisions: Decisions
 
 
-def images_used(data, arguments):
-    """Which training images are fitted on: all, or as many as --rows; a generator for the rest."""
-    generator = torch.Generator().manual_seed(arguments.seed)
-    used = torch.zeros(len(data.train), dtype=torch.bool)
-    used[torch.randperm(len(used), generator=generator)[:arguments.rows]] = True
-    return used, generator
-
-
-def locations_used(side, data, arguments):
-    """How many locations of an image, on maps of that side, are fitted on."""
-    return max(1, min(side**2, arguments.rows // len(data.train)))
+def sample(sides, data, arguments):
+    """What --rows leaves to fit on: a mask of the training images, how many locations of an image
+    on maps of each side, and the generator that draws them."""
+    generator, size = torch.Generator().manual_seed(arguments.seed), len(data.train)
+    used = torch.zeros(size, dtype=torch.bool)
+    used[torch.randperm(size, generator=generator)[:arguments.rows]] = True
+    return used, [max(1, min(side**2, arguments.rows // size)) for side in sides], generator
 
 
 def float64_ready(tensor):
@@ -479,23 +472,23 @@ def float64_ready(tensor):
 def teacher_features(teacher, data, sides, arguments):
     """The teacher's features at the two places, (N,D) each, and the labels (N,) of the first.
 
-    Images are not augmented. At most about --rows: equally many random locations of an image,
-    drawn by the seed.
+    Images are not augmented, locations those of `sample`.
     """
-    used, generator = images_used(data, arguments)
+    used, counts, generator = sample(sides, data, arguments)
     features, tags, seen = [[], []], [], 0
     with evaluating(teacher), autocast(arguments):
         for images, labels in data.train.batches():
             here = used[seen:seen + len(images)].to(images.device)
             seen += len(images)
             x = up_to_tap(teacher, images)
-            for maps, side, batches in zip((x, after_tap(teacher, x)), sides, features):
+            for maps, side, count, batches in zip((x, after_tap(teacher, x)), sides, counts,
+                                                  features):
                 z = pooled(maps.float(), side).movedim(1, 3).flatten(1, 2)  # (B,HW,D)
                 drawn = torch.rand(z.shape[:2], generator=generator).argsort(1)
-                drawn = drawn[:, :locations_used(side, data, arguments), None].to(z.device)
+                drawn = drawn[:, :count, None].to(z.device)
                 z = z.gather(1, drawn.expand(-1, -1, z.shape[2]))  # (B,count,D)
                 batches.append(z[here].flatten(0, 1))
-            tags.append(labels[here].repeat_interleave(locations_used(sides[0], data, arguments)))
+            tags.append(labels[here].repeat_interleave(counts[0]))
     for place, batches in enumerate(features):
         features[place] = float64_ready(torch.cat(batches))
         batches.clear()  # one place at a time is there twice
@@ -594,15 +587,14 @@ def train(record, data, teacher, targets, arguments):
     fire = {name: value for name, value in record.rows[-1].items() if name.startswith("fire_")}
     seen = len(data.train) * len(record.rows)
     forward = {} if arguments.supervision == "none" else {"teacher forward": seen}
-    agreed = {}
+    numbers = {**measures(student, data, arguments), **fire}
     if arguments.supervision == "teacher":
-        agreed = agreement(student, teacher, targets, data, arguments)
+        numbers |= agreement(student, teacher, targets, data, arguments)
     record.finish(
-        {"student": student.state_dict()},
+        {"student": student.state_dict()}, measures=numbers,
         paths={"data": arguments.data and str(arguments.data), "cache": str(arguments.cache),
                "teacher_weights": [str(path) for path in arguments.teacher_weights or ()]},
-        images={"student forward and backward": seen, **forward},
-        measures={**measures(student, data, arguments), **fire, **agreed})
+        images={"student forward and backward": seen, **forward})
 
 
 def new_student(data, arguments):
@@ -658,7 +650,7 @@ def probe(forward, network, data, arguments):
     vectors, labels = map(float64_ready, embeddings(network, data.train, arguments, forward))
     W, b = discriminant(vectors, labels, data.classes, data.classes - 1)
     g = vectors.double() @ W.T + b  # (N,L)
-    means = torch.stack([g[labels == y].mean(0) for y in range(data.classes)])  # (C,L)
+    means, _ = group_means(g, labels, data.classes)  # (C,L)
     vectors, labels = map(float64_ready, embeddings(network, data.test, arguments, forward))
     right = nearest(vectors.double() @ W.T + b, means)[0] == labels
     return 100 * right.double().mean().item()
@@ -667,16 +659,15 @@ def probe(forward, network, data, arguments):
 def agreement(student, teacher, targets, data, arguments):
     """On test locations: % with argmax p_S = argmax p_T (7), the mean of max_m p_T; and, of
     letKD-2, the mean entropy of a row of s_T in nats."""
-    same, soft, count = 0, 0.0, 0
-    with evaluating(student, teacher):
-        for images, _ in data.test.batches():
-            with autocast(arguments):
-                scores = student.forward_scores(images)[2]
-                z = after_tap(teacher, up_to_tap(teacher, images))
-            p_T = word_targets(pooled(z.float(), scores.shape[3]), targets.words)  # (B,K,H,W)
-            same += (scores.argmax(1) == p_T.argmax(1)).sum().item()
-            soft, count = soft + p_T.amax(1).sum().item(), count + p_T[:, 0].numel()
-    numbers = {"agree": 100 * same / count, "p_max": soft / count}
+    def forward(images):
+        scores = student.forward_scores(images)[2]
+        z = after_tap(teacher, up_to_tap(teacher, images))
+        p_T = word_targets(pooled(z.float(), scores.shape[3]), targets.words)  # (B,K,H,W)
+        same = scores.argmax(1) == p_T.argmax(1)  # (B,H,W)
+        return torch.stack([100.0 * same, p_T.amax(1)], 1).mean((2, 3))  # (B,2)
+
+    agree, p_max = embeddings(student, data.test, arguments, forward)[0].mean(0).tolist()
+    numbers = {"agree": agree, "p_max": p_max}
     if student.inter is not None:
         s_T = targets.decisions.table.cpu()
         numbers["entropy"] = torch.special.entr(s_T).sum(1).mean().item()
@@ -703,13 +694,10 @@ COLUMNS = {"test": ".2f", "best": ".2f", "params": ",.0f", "madds": ",.0f", "fir
 
 def name_of(arguments):
     """The name of the chosen run in the table."""
-    if arguments.supervision == "logits":
-        return "kd"
-    if arguments.alpha == 0:
-        return "auxiliary heads"
-    name = {"teacher": f"letKD-{arguments.layers}", "none": "unsupervised layers"}
-    alpha = "" if arguments.alpha == 1 else f", alpha {arguments.alpha:g}"
-    return name[arguments.supervision] + alpha
+    names = {"logits": "kd", "none": "unsupervised layers",
+             "teacher": f"letKD-{arguments.layers}" if arguments.alpha else "auxiliary heads"}
+    alpha = "" if arguments.alpha in (0, 1) else f", alpha {arguments.alpha:g}"
+    return names[arguments.supervision] + alpha
 
 
 def parse_args(argv=None):
@@ -745,8 +733,7 @@ def parse_args(argv=None):
 
 
 def check_locations(data, arguments):
-    """InputError, before any training, where the teacher's maps do not fit the student's, or are
-    too few to fit words and decisions on."""
+    """InputError where the teacher's maps do not fit the student's, or are too few to fit on."""
     student, teacher = ([side for _, side in map_shapes(
         build_model(name, data.classes, data.image_size), data.image_size)]
         for name in (arguments.student, arguments.teacher))
@@ -754,10 +741,9 @@ def check_locations(data, arguments):
         if teacher_side % side:
             raise InputError(f"{arguments.teacher} has maps of side {teacher_side} where "
                              f"{arguments.student} has {side}: choose networks whose sides divide")
-    used, _ = images_used(data, arguments)
+    used, counts, _ = sample(student, data, arguments)
     sizes = torch.as_tensor(data.train.labels).cpu()[used].bincount(minlength=data.classes)
-    smallest, every = (int(count) * locations_used(side, data, arguments)
-                       for count, side in zip((sizes.min(), sizes.sum()), student))
+    smallest, every = int(sizes.min()) * counts[0], int(sizes.sum()) * counts[1]
     if arguments.words > every:
         raise InputError(f"--words {arguments.words}: the training images have only {every} "
                          "locations to fit them on; fewer words, or more --rows")
