@@ -393,10 +393,9 @@ class Student(Network):
 
 
 def map_shapes(network, image_size):
-    """[(channels, side)] of the feature maps at the places of `inter` and `penult`."""
-    image = torch.zeros(1, 3, image_size, image_size, device=network.head.weight.device)
+    """[(channels, side)] at the places of `inter` and `penult`, of a network on the CPU."""
     with evaluating(network):
-        x = up_to_tap(network, image)
+        x = up_to_tap(network, torch.zeros(1, 3, image_size, image_size))
         return [(maps.shape[1], maps.shape[3]) for maps in (x, after_tap(network, x))]
 
 

@@ -30,13 +30,13 @@ SCORES = np.array([
 P_HAT = np.array([[0.852352, 0, 0, 0.346321], [0.153984, 0.972922, 0.277964, 1.692571],
                   [0, 1.141763, 1.356712, 0], [0.668031, 0, 0, 0]])
 X_HAT = [[1.342786, 0.086966], [3.336549, 4.076995], [-1.156178, 2.445568], [2.204124, -0.841886]]
-X_HAT_EVAL = [[1.396145, 0.052603], [3.360967, 4.150831], [-0.983621, 2.358035],
-              [2.304921, -0.889387]]
+X_EVAL = [[1.396145, 0.052603], [3.360967, 4.150831], [-0.983621, 2.358035], [2.304921, -0.889387]]
 Z = [(0.5, 0), (0, 1), (0.7, 1.0), (1.2, 0.1)]
 WORDS = [[0, 0], [1, 0], [0, 1], [1, 1]]
 P_T = np.array([[0.365529, 0.365529, 0.134471, 0.134471], [0.196612, 0.072329, 0.534447, 0.196612],
                 [0.107930, 0.161012, 0.293383, 0.437676], [0.136488, 0.553486, 0.061328, 0.248697]])
 TABLE = np.array([[0.75, 0.25, 0, 0], [0.1, 0.5, 0.4, 0], [0, 0.3, 0.6, 0.1], [0, 0, 0.125, 0.875]])
+BEFORE = ("stem", "stages.0", "stages.1", "stages.2.0")  # parts of resnet14 before the tap
 DECISIONS = Decisions(*map(double, ([[1, -1]], [0.5], [[-1], [0.2], [0.4], [2]], TABLE)), 2)
 
 
@@ -81,7 +81,7 @@ def test_layer_goldens_and_the_usual_mistakes():
     (x_hat, scores), (x_hat_eval, same_scores) = layer(grid(X)), fresh(grid(X))
     check(scores, SCORES)
     check(x_hat, X_HAT)
-    check(x_hat_eval, X_HAT_EVAL)
+    check(x_hat_eval, X_EVAL)
     check(F.relu(layer.norm(scores)), P_HAT)
     assert torch.equal(same_scores, scores) and layer.fired.all() and not fresh.fired.any()
     for wrong, listed in (  # p^ as it is; V normalised along d
@@ -309,9 +309,6 @@ def test_taps_and_places_of_the_layers(name, size):
     layered = letkd.build_student(name, 10, size, 20, 30).eval()
     u = letkd.after_tap(layered, layered.inter(letkd.up_to_tap(layered, x))[0])
     torch.testing.assert_close(layered(x), layered.head(layered.penult(u)[0].mean((2, 3))))
-
-
-BEFORE = ("stem", "stages.0", "stages.1", "stages.2.0")  # of resnet14, whose stages have two blocks
 
 
 @pytest.mark.parametrize("alpha, routes", [
@@ -552,7 +549,9 @@ def test_features_are_the_teachers_own():
         assert gap.amin(2).max() < 1e-4
         assert all(len(set(own)) == 5 for own in gap.argmin(2).tolist())  # none is drawn twice
     arguments.rows = 100  # fewer than images: some images, one location each
-    assert len(letkd.teacher_features(teacher, data, [4, 4], arguments)[0]) == 100
+    used, *_ = letkd.sample([4, 4], data, arguments)
+    rows, _, labels = letkd.teacher_features(teacher, data, [4, 4], arguments)
+    assert len(rows) == 100 and torch.equal(labels, data.train.labels[used])
     arguments.rows = 10**6  # all, of maps that are pooled to 2x2
     every, *_ = letkd.teacher_features(teacher, data, [2, 2], arguments)
     torch.testing.assert_close(every.view(260, 4, 64).mean(1), z.mean((2, 3)))
@@ -595,6 +594,6 @@ def test_the_student_learns_the_shapes_and_the_words(tmp_path, run, monkeypatch)
     monkeypatch.setattr(common, "SHAPES_TRAIN", 500)
     run("letkd", tmp_path, TINY + "--epochs 4 --batch-size 20")
     result = result_of(tmp_path)
-    assert result["last_test"] > 25 and result["measures"]["agree"] > 3 * 100 / 12
+    assert result["last_test"] > 20 and result["measures"]["agree"] > 3 * 100 / 12
     first, *_, last = result["rows"]
     assert last["penult"] < 0.7 * first["penult"] and last["inter"] < first["inter"]
