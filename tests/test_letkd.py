@@ -301,14 +301,15 @@ def test_decision_table_by_its_definition(monkeypatch):
 # ------------------------------------------------------------------------------ student and routing
 @pytest.mark.parametrize("name, size", [("resnet14", 16), ("wrn_16_2", 16), ("vgg8", 32)])
 def test_taps_and_places_of_the_layers(name, size):
-    """A student of alpha 0 gives the logits of the network of its seed."""
+    """Two of a seed are equal; one of alpha 0 gives the logits of the network of its seed."""
+    layered = letkd.build_student(name, 10, size, 20, 30).eval()
     network, x = common.build_model(name, 10, size, 1).eval(), torch.randn(2, 3, size, size)
     first = nn.Sequential(network.stem, *network.stages[:-1], network.stages[-1][0])
     assert torch.equal(letkd.up_to_tap(network, x), first(x))
     assert torch.equal(letkd.build_student(name, 10, size, 20, 30, 0, 1).eval()(x), network(x))
-    layered = letkd.build_student(name, 10, size, 20, 30).eval()
     u = letkd.after_tap(layered, layered.inter(letkd.up_to_tap(layered, x))[0])
-    torch.testing.assert_close(layered(x), layered.head(layered.penult(u)[0].mean((2, 3))))
+    twin = letkd.build_student(name, 10, size, 20, 30).eval()
+    torch.testing.assert_close(twin(x), layered.head(layered.penult(u)[0].mean((2, 3))))
 
 
 @pytest.mark.parametrize("alpha, routes", [
