@@ -15,22 +15,18 @@ stay at inference; teacher, words, tables and labels do not.
     gamma, beta     KDLayer.norm (BatchNorm2d)           (K,)                 start at 1 and 0
     V, s_v          KDLayer.value.weight, .scale         (d,K,1,1), scalar    values; start at 1
     alpha           KDLayer.alpha                        constant             weight of the output
-    a               scores                               (B,K,H,W)            a_m|i: location i and
-                                                                              template m
+    a_m|i           scores                               (B,K,H,W)            template m, location i
     p_S, p_T        softmax of scores; targets           (B,K,H,W)            over templates
-    z               features                             (B,D,H,W) or (N,D)   the teacher's: maps,
-                                                                              or sampled locations
+    z               features                             (B,D,H,W) or (N,D)   teacher's maps; rows
     rho             words                                (K,D)                visual words
     C, k; n         classes, per_class                   n = label k + j      sub-classes, j < k
     W, b; c_n; s_T  Decisions.weight, .bias, .centres,   (L,D), (L,);         LDA to L dimensions;
                     .table                               (Ck,L); (Ck,Ck)      centres; decisions
 
-    network    where it comes from                         in a training step
-    teacher    trained alone before, from --seed + 1000    eval mode, frozen
-               (cached), or given as a file
-    student    weights drawn from --seed                   train mode, learns, in one stage
-    layers     inside the student, drawn from --seed       train mode, learn with the student
-    words and Decisions: fitted once on the teacher's maps before the student starts; frozen.
+    network    where it comes from                              in a training step
+    teacher    trained alone before, from --seed + 1000, or a   eval mode, frozen
+               file; words and Decisions are fitted on it once
+    student    weights drawn from --seed, its layers' likewise  train mode, learns, in one stage
 Order, crops and flips of the batches: one generator, `shuffle`, seeded by --seed. Others, with the
 same seed, draw the locations to fit on and the starts of k-means.
 
@@ -55,23 +51,20 @@ code. READING: our choice. unit(u) = u / max(||u||, 1e-12).
     (16) letKD-2: (15) + template_loss of `inter`, by (12)              PAPER; weight 1: CODE
     (17) a layer costs 2dK + 2K + 2 parameters, 2dK H W multiply-adds   algebra
     (kd) a control: CE + T^2 mean_b KL(p_t^T || p_s^T), T = 4           READING
-    (lr) lr0 0.1^j, j = how many of 5/8, 3/4, 7/8 of the run are over   PAPER (150, 180, 210 of 240)
+    (lr) lr0 0.1^j, j = how many of 5/8, 3/4, 7/8 of the run are over   PAPER (150, 180, 210 of 240;
+                                                                        ImageNet 30, 60, 90 of 100)
 
 The supplement prints softmax(d) in Algorithm 1 and min for argmin in Algorithm 2: slips; here
 softmax(-d) and argmin. Where gradients go: the loss of `inter` reaches the student before that
 layer and its templates and s_q, nothing else; the loss of `penult` these, BatchNorm and values of
 `inter`, the rest of the student, templates and s_q of `penult`; CE reaches everything (with alpha
 0: nothing of the layers).
-
 Capacity: the deployed student is larger than the plain one, which every table shows (layers of
 alpha 0 change nothing and are not counted). By our count, on the paper's resnet56 -> resnet20 it
 grows from 0.278 M to 0.915 M parameters, more than its teacher.
-
-h1 and h2: CODE, too, takes k-means centres for h1 and means for h2 (at convergence they nearly
-coincide), but it finds h1 as argmax of mask (row maximum - distance), which for k = 1 can leave the
-label's class; here it is the argmin within that class. Not copied either: CODE's equal slices that
-lose rows, and its epoch that is best on test. The appendix keeps emphasis in the length of p^;
-CODE, and this script, normalise it.
+As in CODE, h1 goes by k-means centres and h2 by means, and p^ is normalised (the appendix keeps
+emphasis in its length). Not copied: CODE's h1 as argmax of mask (row maximum - distance), which for
+k = 1 can leave the label's class; its equal slices that lose rows; its epoch that is best on test.
 UNKNOWN: what the paper's main text states on loss weights, tau and layer places (here: CODE); best
 or last epoch behind its numbers, and what their "-+" is; batch, weight decay, tau and L outside
 CIFAR-100. READING: small data and teachers, few epochs and seeds, rate 0.1 on shapes, K = 256 words
@@ -104,24 +97,21 @@ from torch import nn
 from common import (
     SHAPES, InputError, Mean, Network, autocast, base_parser, build_model, each_seed, embeddings,
     evaluate, evaluating, load_data, load_file, load_frozen, number, parse, planned_runs,
-    print_table, recognition, run_script, save_file, sgd, train_network)
+    print_table, recognition, run_script, save_file, sgd, step_rates, train_network)
 
 RECIPE = {"learning_rate": 0.05, "momentum": 0.9, "weight_decay": 5e-4, "batch_size": 64}
 CONTROLS = {  # --compare: name -> (the flags it changes, perhaps by the runs before it; why)
     "kd": ({"supervision": "logits", "alpha": 1.0},
            "equal epochs: the plain student learns from the teacher's logits"),
-    "unsupervised layers": (lambda runs: {"supervision": "none", "alpha": alpha_of(runs) or 1.0},
-                            "equal epochs and capacity: the layers without a teacher"),
+    "unsupervised layers": (
+        lambda runs: {"supervision": "none",  # the chosen run's alpha, but for 0
+                      "alpha": next(iter(runs.values())).settings["alpha"] or 1.0},
+        "equal epochs and capacity: the layers without a teacher"),
     "auxiliary heads": ({"supervision": "teacher", "alpha": 0.0},
                         "equal compute: the same losses, but nothing is fed forward"),
     "letKD-1": ({"supervision": "teacher", "alpha": 1.0, "layers": 1}, "eq. (15), words alone"),
     "letKD-2": ({"supervision": "teacher", "alpha": 1.0, "layers": 2}, "eq. (16), decisions too"),
 }
-
-
-def alpha_of(runs):
-    """The chosen run's alpha."""
-    return next(iter(runs.values())).settings["alpha"]
 
 
 # -------------------------------------------------------------------------- 1. losses and equations
@@ -146,12 +136,13 @@ def nearest(points, centres):
     return tuple(torch.cat(part) for part in zip(*chunks))
 
 
-def group_sums(points, index, count):
-    """Of points (N,D) and their groups' index (N,): sums (count,D) in float64, sizes (count,)."""
+def group_means(points, index, count):
+    """Of points (N,D) and their groups' index (N,): means (count,D) in float64, sizes (count,)."""
     sums = torch.zeros(count, points.shape[1], dtype=torch.float64, device=points.device)
     for part, z in zip(index.split(100_000), points.split(100_000)):
         sums.index_add_(0, part, z.double())
-    return sums, index.bincount(minlength=count)
+    size = index.bincount(minlength=count)
+    return sums / size.clamp_min(1)[:, None], size  # the mean of an empty group is 0
 
 
 def k_means(points, count, generator=None, iterations=20):
@@ -167,8 +158,8 @@ def k_means(points, count, generator=None, iterations=20):
     centres = points[start.to(points.device)]
     for _ in range(iterations):
         index, distance = nearest(points, centres)
-        sums, size = group_sums(points, index, count)
-        centres = (sums / size.clamp_min(1)[:, None]).to(points.dtype)
+        means, size = group_means(points, index, count)
+        centres = means.to(points.dtype)
         empty = (size == 0).nonzero().flatten()
         if len(empty):
             farthest = distance.argsort(descending=True, stable=True)[:len(empty)]
@@ -177,10 +168,7 @@ def k_means(points, count, generator=None, iterations=20):
 
 
 def fit_words(features, count, generator=None):
-    """Eq. (6): visual words (count,D) from the teacher's features (N,D) at single locations.
-
-    ValueError for fewer rows than words.
-    """
+    """Eq. (6): visual words (count,D) from the teacher's features (N,D) at single locations."""
     # Eq. (6): rho = k-means centres; no PCA, whitening or normalisation
     return k_means(features, count, generator)[0]
 
@@ -211,8 +199,8 @@ class Decisions(NamedTuple):
 def discriminant(features, labels, classes, dimensions):
     """Eq. (8): W (L,D) and b (L,) of the LDA of features (N,D) with labels (N,), in float64."""
     D = features.shape[1]
-    sums, size = group_sums(features, labels, classes)
-    mu, mu_all = sums / size.clamp_min(1)[:, None], sums.sum(0) / len(labels)  # (C,D), (D,)
+    mu, size = group_means(features, labels, classes)  # (C,D), (C,)
+    mu_all = size.double() @ mu / len(labels)  # (D,)
     # Eq. (8): S_w = sum (z - mu_y)(z - mu_y)^T / (N - C),
     #          S_b = sum_c N_c (mu_c - mu_all)(mu_c - mu_all)^T / N
     S_w = torch.zeros(D, D, dtype=torch.float64, device=features.device)
@@ -241,35 +229,23 @@ def fit_decisions(features, labels, classes, per_class=8, dimensions=60, generat
     sub-classes.
     """
     k = per_class
-    sizes = labels.bincount(minlength=classes)
-    if len(sizes) > classes or sizes.min() < k:
-        raise ValueError(f"every one of {classes} classes needs at least {k} rows, the smallest "
-                         f"has {int(sizes.min())}")
     W, b = discriminant(features, labels, classes, dimensions)
-    centres, prototypes, h1 = [], [], []
-    for y in range(classes):  # one generator, in the order of the classes
-        # Eq. (8): g = W z + b
-        g = features[labels == y].double() @ W.T + b  # (N_y,L)
-        # Eq. (9): k centres per class; h1 = the nearest of the own class
-        c_n, index, _ = k_means(g, k, generator)
-        sums, size = group_sums(g, index, k)
-        # Eq. (10): q_n = mean of the g with h1 = n; an empty one keeps its centre (READING)
-        q_n = torch.where(size[:, None] > 0, sums / size.clamp_min(1)[:, None], c_n)
-        centres.append(c_n)
-        prototypes.append(q_n)
-        h1.append(index)  # counted from the first sub-class of y
-    q, counts = torch.cat(prototypes), []
-    for y in range(classes):
-        # Eq. (10): h2 = argmin over ALL n of ||g - q_n||^2
-        h2, _ = nearest(features[labels == y].double() @ W.T + b, q)
-        # Eq. (11): s_T[n,m] = #{h1 = n and h2 = m} / #{h1 = n}, the k rows of class y
-        pairs = (h1[y] * len(q) + h2).bincount(minlength=k * len(q))
-        counts.append(pairs.view(k, len(q)).double())
-    counts = torch.cat(counts)  # (C k, C k)
-    empty = (counts.sum(1) == 0).nonzero().flatten()
-    counts[empty, empty] = 1  # READING: a one-hot row
+    # Eq. (8): g = W z + b, class after class
+    g = [features[labels == y].double() @ W.T + b for y in range(classes)]  # (N_y,L) each
+    # Eq. (9): k centres per class, by one generator; h1 = the nearest of the own class
+    centres, nearest_own, _ = zip(*(k_means(g_y, k, generator) for g_y in g))
+    c_n, g = torch.cat(centres), torch.cat(g)  # (C k, L), (N,L)
+    h1 = torch.cat([y * k + index for y, index in enumerate(nearest_own)])  # (N,)
+    # Eq. (10): q_n = mean of the g with h1 = n; an empty one keeps its centre (READING)
+    means, size = group_means(g, h1, len(c_n))
+    q_n = torch.where(size[:, None] > 0, means, c_n)
+    # Eq. (10): h2 = argmin over ALL n of ||g - q_n||^2
+    h2, _ = nearest(g, q_n)
+    # Eq. (11): s_T[n,m] = #{h1 = n and h2 = m} / #{h1 = n}; an empty row: one-hot (READING)
+    pairs = (h1 * len(c_n) + h2).bincount(minlength=len(c_n)**2).view(len(c_n), len(c_n))
+    counts = pairs.double() + (size == 0).diag()
     s_T = counts / counts.sum(1, keepdim=True)
-    return Decisions(*(part.to(features.dtype) for part in (W, b, torch.cat(centres), s_T)), k)
+    return Decisions(*(part.to(features.dtype) for part in (W, b, c_n, s_T)), k)
 
 
 def decision_targets(features, labels, decisions):
@@ -278,12 +254,10 @@ def decision_targets(features, labels, decisions):
     ValueError if widths, batch or labels do not fit `decisions`. No gradients.
     """
     W, b, c, s_T, k = decisions
-    if features.shape[1] != W.shape[1]:
-        raise ValueError(f"features have {features.shape[1]} channels, the LDA {W.shape[1]}")
-    if len(features) != len(labels):
-        raise ValueError(f"{len(features)} feature maps, {len(labels)} labels")
-    if len(c) % k:
-        raise ValueError(f"{len(c)} centres are no multiple of {k} a class")
+    if features.shape[1] != W.shape[1] or len(features) != len(labels) or len(c) % k:
+        raise ValueError(f"{len(features)} feature maps of {features.shape[1]} channels, "
+                         f"{len(labels)} labels, an LDA of {W.shape[1]} channels, {len(c)} centres "
+                         f"of {k} a class")
     if labels.device.type == "cpu" and not (0 <= labels).logical_and(labels < len(c) // k).all():
         raise ValueError(f"labels must lie in 0..{len(c) // k - 1}")  # a GPU would have to wait
     # Eq. (8): g = W z + b
@@ -324,10 +298,13 @@ def kd_loss(student_logits, teacher_logits, temperature=4.0):
         log_target=True)
 
 
-def learning_rates(initial, epochs, drops=(5 / 8, 3 / 4, 7 / 8)):
-    """(lr): the rate of each epoch, ten times smaller after each share of the run in `drops`."""
+def learning_rates(initial, epochs, dataset):
+    """(lr): the rate of each epoch; drops after 5/8, 3/4, 7/8, of ImageNet 3/10, 6/10, 9/10."""
+    if dataset != "imagenet":
+        return step_rates(initial, epochs)
     # (lr): lr0 0.1^j, j = how many of the shares are over
-    return [initial * 0.1 ** sum(e >= drop * epochs for drop in drops) for e in range(epochs)]
+    return [initial * 0.1 ** sum(10 * e >= part * epochs for part in (3, 6, 9))
+            for e in range(epochs)]
 
 
 # --------------------------------------------------------------------------------------- 2. modules
@@ -416,10 +393,9 @@ class Student(Network):
 
 
 def map_shapes(network, image_size):
-    """[(channels, side)] of the feature maps at the places of `inter` and `penult`."""
-    image = torch.zeros(1, 3, image_size, image_size, device=network.head.weight.device)
+    """[(channels, side)] at the places of `inter` and `penult`, of a network on the CPU."""
     with evaluating(network):
-        x = up_to_tap(network, image)
+        x = up_to_tap(network, torch.zeros(1, 3, image_size, image_size))
         return [(maps.shape[1], maps.shape[3]) for maps in (x, after_tap(network, x))]
 
 
@@ -438,36 +414,30 @@ def pooled(features, side):
     """Average-pool square maps r times larger than the student's, as in CODE; ValueError if r is no
     integer."""
     r, rest = divmod(features.shape[3], side)
-    if r < 1 or rest or features.shape[2] != features.shape[3]:
+    if rest or features.shape[2] != features.shape[3]:
         raise ValueError(f"the teacher's maps are {features.shape[2]}x{features.shape[3]}, the "
                          f"student's {side}x{side}")
     return F.avg_pool2d(features, r) if r > 1 else features
 
 
 # -------------------------------------------------------------------------------------- 3. training
-def rates_of(arguments):
-    """(lr) for every network of a run."""
-    drops = DROPS.get(arguments.dataset, DROPS["cifar100"])
-    return learning_rates(arguments.learning_rate, arguments.epochs, drops)
-
-
 def networks_alone(data, arguments):
     """{name: (network, result)}: the teacher, if a run needs one, and the student alone.
 
     Frozen, in eval mode. The result of a teacher from --teacher-weights is {}.
     """
-    rates, alone = rates_of(arguments), {}
-    if arguments.compare or arguments.supervision != "none":
-        if arguments.teacher_weights:
-            path = arguments.teacher_weights[0]
-            alone["teacher"] = load_frozen(arguments.teacher, path, data, arguments), {}
-        else:
-            result, states = train_network(arguments.teacher, data, rates, arguments,
-                                           seed=arguments.seed + 1000)
-            alone["teacher"] = states[arguments.epochs], result
+    E, alone = arguments.epochs, {}
+    rates = learning_rates(arguments.learning_rate, E, arguments.dataset)
+    if arguments.teacher_weights:
+        path = arguments.teacher_weights[0]
+        alone["teacher"] = load_frozen(arguments.teacher, path, data, arguments), {}
+    elif arguments.compare or arguments.supervision != "none":
+        result, states = train_network(arguments.teacher, data, rates, arguments,
+                                       seed=arguments.seed + 1000)
+        alone["teacher"] = states[E], result
     result, states = train_network(arguments.student, data, rates, arguments, seed=arguments.seed,
                                    title="\nstudent alone")
-    return {**alone, "student alone": (states[arguments.epochs], result)}
+    return {**alone, "student alone": (states[E], result)}
 
 
 def reference_rows(alone, data, arguments):
@@ -484,17 +454,13 @@ class Targets(NamedTuple):
     decisions: Decisions
 
 
-def images_used(data, arguments):
-    """Which training images are fitted on: all, or as many as --rows; a generator for the rest."""
-    generator = torch.Generator().manual_seed(arguments.seed)
-    used = torch.zeros(len(data.train), dtype=torch.bool)
-    used[torch.randperm(len(used), generator=generator)[:arguments.rows]] = True
-    return used, generator
-
-
-def locations_used(side, data, arguments):
-    """How many locations of an image, on maps of that side, are fitted on."""
-    return max(1, min(side**2, arguments.rows // len(data.train)))
+def sample(sides, data, arguments):
+    """What --rows leaves to fit on: a mask of the training images, how many locations of an image
+    on maps of each side, and the generator that draws them."""
+    generator, size = torch.Generator().manual_seed(arguments.seed), len(data.train)
+    used = torch.zeros(size, dtype=torch.bool)
+    used[torch.randperm(size, generator=generator)[:arguments.rows]] = True
+    return used, [max(1, min(side**2, arguments.rows // size)) for side in sides], generator
 
 
 def float64_ready(tensor):
@@ -505,23 +471,23 @@ def float64_ready(tensor):
 def teacher_features(teacher, data, sides, arguments):
     """The teacher's features at the two places, (N,D) each, and the labels (N,) of the first.
 
-    Images are not augmented. At most about --rows: equally many random locations of an image,
-    drawn by the seed.
+    Images are not augmented, locations those of `sample`.
     """
-    used, generator = images_used(data, arguments)
+    used, counts, generator = sample(sides, data, arguments)
     features, tags, seen = [[], []], [], 0
     with evaluating(teacher), autocast(arguments):
         for images, labels in data.train.batches():
             here = used[seen:seen + len(images)].to(images.device)
             seen += len(images)
             x = up_to_tap(teacher, images)
-            for maps, side, batches in zip((x, after_tap(teacher, x)), sides, features):
+            for maps, side, count, batches in zip((x, after_tap(teacher, x)), sides, counts,
+                                                  features):
                 z = pooled(maps.float(), side).movedim(1, 3).flatten(1, 2)  # (B,HW,D)
                 drawn = torch.rand(z.shape[:2], generator=generator).argsort(1)
-                drawn = drawn[:, :locations_used(side, data, arguments), None].to(z.device)
+                drawn = drawn[:, :count, None].to(z.device)
                 z = z.gather(1, drawn.expand(-1, -1, z.shape[2]))  # (B,count,D)
                 batches.append(z[here].flatten(0, 1))
-            tags.append(labels[here].repeat_interleave(locations_used(sides[0], data, arguments)))
+            tags.append(labels[here].repeat_interleave(counts[0]))
     for place, batches in enumerate(features):
         features[place] = float64_ready(torch.cat(batches))
         batches.clear()  # one place at a time is there twice
@@ -556,38 +522,30 @@ def prepare(teacher, data, arguments):
 
 
 def train_step(student, teacher, targets, optimizer, images, labels, arguments):
-    """One step of letKD-1, or of letKD-2 if the student has `inter`. Returns terms and logits."""
+    """One step by --supervision: (15), or (16) if the student has `inter`; (kd); or CE alone.
+
+    Returns the loss terms, and the logits.
+    """
     with autocast(arguments):
-        with torch.no_grad():  # eval mode, see `frozen`
-            z_inter = up_to_tap(teacher, images)  # (B,D,H',W')
-            z_penult = after_tap(teacher, z_inter)  # (B,D,H',W')
+        if arguments.supervision != "none":
+            with torch.no_grad():  # eval mode, see `frozen`
+                z_inter = up_to_tap(teacher, images)  # (B,D,H',W')
+                z_penult = after_tap(teacher, z_inter)  # (B,D,H',W')
+                teacher_logits = teacher.forward_head(z_penult)  # (B,C)
         u, scores_i, scores_p = student.forward_scores(images)
         logits = student.forward_head(u).float()  # (B,C)
-    # Eq. (15): letKD-1 = CE + template_loss of `penult`, by (7)
-    p_T = word_targets(pooled(z_penult.float(), scores_p.shape[3]), targets.words)
-    terms = {"ce": F.cross_entropy(logits, labels), "penult": template_loss(scores_p, p_T)}
-    if scores_i is not None:
+    terms = {"ce": F.cross_entropy(logits, labels)}
+    if arguments.supervision == "logits":
+        terms["kl"] = kd_loss(logits, teacher_logits.float())  # (kd)
+    if arguments.supervision == "teacher":
+        # Eq. (15): letKD-1 = CE + template_loss of `penult`, by (7)
+        z = pooled(z_penult.float(), scores_p.shape[3])
+        terms["penult"] = template_loss(scores_p, word_targets(z, targets.words))
+    if arguments.supervision == "teacher" and scores_i is not None:
         # Eq. (16): letKD-2 = (15) + template_loss of `inter`, by (12)
         z = pooled(z_inter.float(), scores_i.shape[3])
         terms["inter"] = template_loss(scores_i, decision_targets(z, labels, targets.decisions))
     loss = sum(terms.values())  # all of weight 1
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    return terms, logits
-
-
-def control_step(student, teacher, optimizer, images, labels, arguments):
-    """One step without supervised templates: CE, and (kd) under --supervision logits."""
-    with autocast(arguments):
-        logits = student(images).float()  # (B,C)
-        if arguments.supervision == "logits":
-            with torch.no_grad():  # eval mode, see `frozen`
-                teacher_logits = teacher(images).float()  # (B,C)
-    terms = {"ce": F.cross_entropy(logits, labels)}
-    if arguments.supervision == "logits":
-        terms["kl"] = kd_loss(logits, teacher_logits)
-    loss = sum(terms.values())
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
@@ -602,7 +560,7 @@ def train(record, data, teacher, targets, arguments):
     state of the last closed epoch; `close_epoch` prints, logs and saves; `finish` writes student.pt
     and result.json. A `Mean` averages an epoch's batches.
     """
-    supervised, rates = arguments.supervision == "teacher", rates_of(arguments)
+    rates = learning_rates(arguments.learning_rate, arguments.epochs, arguments.dataset)
     student = new_student(data, arguments).to(arguments.device)
     optimizer = sgd(student.parameters(), arguments)
     shuffle = torch.Generator().manual_seed(arguments.seed)  # order, crops and flips
@@ -616,11 +574,8 @@ def train(record, data, teacher, targets, arguments):
             layer.fired.zero_()
         mean = Mean()
         for images, labels in data.train.augmented(arguments.batch_size, shuffle):
-            if supervised:
-                terms, logits = train_step(student, teacher, targets, optimizer, images, labels,
-                                           arguments)
-            else:
-                terms, logits = control_step(student, teacher, optimizer, images, labels, arguments)
+            terms, logits = train_step(student, teacher, targets, optimizer, images, labels,
+                                       arguments)
             mean.add(terms, logits, labels)
         row = {"lr": rates[epoch], **mean.row(), "test": evaluate(student, data.test, arguments)}
         for letter, layer in student.layers().items():
@@ -631,13 +586,14 @@ def train(record, data, teacher, targets, arguments):
     fire = {name: value for name, value in record.rows[-1].items() if name.startswith("fire_")}
     seen = len(data.train) * len(record.rows)
     forward = {} if arguments.supervision == "none" else {"teacher forward": seen}
-    agreed = agreement(student, teacher, targets, data, arguments) if supervised else {}
+    numbers = {**measures(student, data, arguments), **fire}
+    if arguments.supervision == "teacher":
+        numbers |= agreement(student, teacher, targets, data, arguments)
     record.finish(
-        {"student": student.state_dict()},
+        {"student": student.state_dict()}, measures=numbers,
         paths={"data": arguments.data and str(arguments.data), "cache": str(arguments.cache),
                "teacher_weights": [str(path) for path in arguments.teacher_weights or ()]},
-        images={"student forward and backward": seen, **forward},
-        measures={**measures(student, data, arguments), **fire, **agreed})
+        images={"student forward and backward": seen, **forward})
 
 
 def new_student(data, arguments):
@@ -693,7 +649,7 @@ def probe(forward, network, data, arguments):
     vectors, labels = map(float64_ready, embeddings(network, data.train, arguments, forward))
     W, b = discriminant(vectors, labels, data.classes, data.classes - 1)
     g = vectors.double() @ W.T + b  # (N,L)
-    means = torch.stack([g[labels == y].mean(0) for y in range(data.classes)])  # (C,L)
+    means, _ = group_means(g, labels, data.classes)  # (C,L)
     vectors, labels = map(float64_ready, embeddings(network, data.test, arguments, forward))
     right = nearest(vectors.double() @ W.T + b, means)[0] == labels
     return 100 * right.double().mean().item()
@@ -702,16 +658,15 @@ def probe(forward, network, data, arguments):
 def agreement(student, teacher, targets, data, arguments):
     """On test locations: % with argmax p_S = argmax p_T (7), the mean of max_m p_T; and, of
     letKD-2, the mean entropy of a row of s_T in nats."""
-    same, soft, count = 0, 0.0, 0
-    with evaluating(student, teacher):
-        for images, _ in data.test.batches():
-            with autocast(arguments):
-                scores = student.forward_scores(images)[2]
-                z = after_tap(teacher, up_to_tap(teacher, images))
-            p_T = word_targets(pooled(z.float(), scores.shape[3]), targets.words)  # (B,K,H,W)
-            same += (scores.argmax(1) == p_T.argmax(1)).sum().item()
-            soft, count = soft + p_T.amax(1).sum().item(), count + p_T[:, 0].numel()
-    numbers = {"agree": 100 * same / count, "p_max": soft / count}
+    def forward(images):
+        scores = student.forward_scores(images)[2]
+        z = after_tap(teacher, up_to_tap(teacher, images))
+        p_T = word_targets(pooled(z.float(), scores.shape[3]), targets.words)  # (B,K,H,W)
+        same = scores.argmax(1) == p_T.argmax(1)  # (B,H,W)
+        return torch.stack([100.0 * same, p_T.amax(1)], 1).mean((2, 3))  # (B,2)
+
+    agree, p_max = embeddings(student, data.test, arguments, forward)[0].mean(0).tolist()
+    numbers = {"agree": agree, "p_max": p_max}
     if student.inter is not None:
         s_T = targets.decisions.table.cpu()
         numbers["entropy"] = torch.special.entr(s_T).sum(1).mean().item()
@@ -730,7 +685,6 @@ DEFAULTS = {  # flags by data set; each can be given by hand
                  "words": 4096, "rows": 2_000_000, "learning_rate": 0.1, "weight_decay": 1e-4,
                  "batch_size": 256},
 }
-DROPS = {"cifar100": (5 / 8, 3 / 4, 7 / 8), "imagenet": (0.3, 0.6, 0.9)}  # (lr), PAPER
 COLUMNS = {"test": ".2f", "best": ".2f", "params": ",.0f", "madds": ",.0f", "fire_i": ".3f",
            "fire_p": ".3f", "agree": ".1f", "p_max": ".3f", "entropy": ".2f", "probe_x": ".2f",
            "probe_x_hat": ".2f", "rank1": ".1f", "verification": ".1f", "epochs": ".0f",
@@ -739,13 +693,10 @@ COLUMNS = {"test": ".2f", "best": ".2f", "params": ",.0f", "madds": ",.0f", "fir
 
 def name_of(arguments):
     """The name of the chosen run in the table."""
-    if arguments.supervision == "logits":
-        return "kd"
-    if arguments.alpha == 0:
-        return "auxiliary heads"
-    name = {"teacher": f"letKD-{arguments.layers}", "none": "unsupervised layers"}
-    alpha = "" if arguments.alpha == 1 else f", alpha {arguments.alpha:g}"
-    return name[arguments.supervision] + alpha
+    names = {"logits": "kd", "none": "unsupervised layers",
+             "teacher": f"letKD-{arguments.layers}" if arguments.alpha else "auxiliary heads"}
+    alpha = "" if arguments.alpha in (0, 1) else f", alpha {arguments.alpha:g}"
+    return names[arguments.supervision] + alpha
 
 
 def parse_args(argv=None):
@@ -781,8 +732,7 @@ def parse_args(argv=None):
 
 
 def check_locations(data, arguments):
-    """InputError, before any training, where the teacher's maps do not fit the student's, or are
-    too few to fit words and decisions on."""
+    """InputError where the teacher's maps do not fit the student's, or are too few to fit on."""
     student, teacher = ([side for _, side in map_shapes(
         build_model(name, data.classes, data.image_size), data.image_size)]
         for name in (arguments.student, arguments.teacher))
@@ -790,10 +740,9 @@ def check_locations(data, arguments):
         if teacher_side % side:
             raise InputError(f"{arguments.teacher} has maps of side {teacher_side} where "
                              f"{arguments.student} has {side}: choose networks whose sides divide")
-    used, _ = images_used(data, arguments)
+    used, counts, _ = sample(student, data, arguments)
     sizes = torch.as_tensor(data.train.labels).cpu()[used].bincount(minlength=data.classes)
-    smallest, every = (int(count) * locations_used(side, data, arguments)
-                       for count, side in zip((sizes.min(), sizes.sum()), student))
+    smallest, every = int(sizes.min()) * counts[0], int(sizes.sum()) * counts[1]
     if arguments.words > every:
         raise InputError(f"--words {arguments.words}: the training images have only {every} "
                          "locations to fit them on; fewer words, or more --rows")
