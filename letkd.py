@@ -90,14 +90,15 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+from common import (
+    SHAPES, InputError, Mean, Network, autocast, base_parser, build_model, each_seed, embeddings,
+    evaluate, evaluating, load_data, load_file, load_frozen, number, open_set_rows, parse,
+    planned_runs, print_table, recognition, refuse_useless, run_script, save_file, sgd, sound,
+    step_rates, train_network)
+
 import torch
 import torch.nn.functional as F
 from torch import nn
-
-from common import (
-    SHAPES, InputError, Mean, Network, autocast, base_parser, build_model, each_seed, embeddings,
-    evaluate, evaluating, load_data, load_file, load_frozen, number, parse, planned_runs,
-    print_table, recognition, run_script, save_file, sgd, step_rates, train_network)
 
 RECIPE = {"learning_rate": 0.05, "momentum": 0.9, "weight_decay": 5e-4, "batch_size": 64}
 CONTROLS = {  # --compare: name -> (the flags it changes, perhaps by the runs before it; why)
@@ -506,7 +507,7 @@ def prepare(teacher, data, arguments):
                 arguments.precision, arguments.device.type, torch.__version__]
     key = hashlib.sha1(repr(settings).encode()).hexdigest()[:12]
     path = arguments.cache / f"{data.name}-{arguments.teacher}-targets-{key}.pt"
-    if not path.exists():
+    if not sound(path):
         began = time.time()
         inter, penult, labels = teacher_features(teacher, data, sides, arguments)
         print(f"fitting words on {len(penult)} locations, decisions on {len(inter)}")
@@ -572,7 +573,7 @@ def train(record, data, teacher, targets, arguments):
         student.train()
         for layer in student.layers().values():
             layer.fired.zero_()
-        mean = Mean()
+        mean = Mean("the student")
         for images, labels in data.train.augmented(arguments.batch_size, shuffle):
             terms, logits = train_step(student, teacher, targets, optimizer, images, labels,
                                        arguments)
@@ -726,8 +727,16 @@ def parse_args(argv=None):
         parser.error("--teacher-weights: one file, LetKD has one teacher")
     if arguments.alpha == 0 and arguments.supervision == "none":
         parser.error("--alpha 0 --supervision none: nothing is left but the student alone")
-    if arguments.supervision == "logits" and (arguments.layers, arguments.alpha) != (2, 1):
-        parser.error("--supervision logits: the plain student has no --layers and no --alpha")
+    every = arguments.compare is not None
+    layered, taught = every or arguments.supervision != "logits", arguments.supervision != "none"
+    decided = every or layered and arguments.layers == 2
+    fitted, owner = every or arguments.supervision == "teacher", "--supervision teacher"
+    refuse_useless(parser, {
+        "alpha": (arguments.supervision != "logits", "the layers, which a plain student lacks"),
+        "layers": (arguments.supervision != "logits", "the layers, which a plain student lacks"),
+        "words": (layered, "the layers, which a plain student lacks"),
+        "per_class": (decided, "--layers 2"), "dimensions": (decided and fitted, "--layers 2"),
+        "rows": (fitted, owner), "teacher_weights": (every or taught, owner)})
     return arguments
 
 
@@ -762,7 +771,7 @@ def main():
         alone = networks_alone(data, of_seed)
         teacher, _ = alone.get("teacher", (None, None))
         targets = prepare(teacher, data, of_seed) if supervised else None
-        rows = reference_rows(alone, data, of_seed)
+        rows = open_set_rows(data, of_seed) + reference_rows(alone, data, of_seed)
         for name, flags, record in runs:
             if not record.result:
                 train(record, data, teacher, targets, flags)

@@ -453,10 +453,12 @@ def test_a_run_without_a_teacher(run, tmp_path, monkeypatch):
         return step(student, teacher, targets, optimizer, *rest)
     monkeypatch.setattr(letkd, "train_step", watched)
     monkeypatch.setattr(torch, "compile", lambda part: compiled.append(part.__name__) or part)
-    found = table(run("letkd", tmp_path, TINY + "--supervision none --epochs 3 --compile"))
+    flags = "--words 12 --per-class 2 --supervision none --epochs 3 --compile"
+    found = table(run("letkd", tmp_path, flags))
     assert list(found) == ["student alone", "unsupervised layers"]
     assert rates == pytest.approx([0.1] * 12 + [0.01] * 6)
-    assert compiled == ["forward_features", "forward_scores"]  # the student alone; this one
+    # whether it works at all; the student alone; this one
+    assert compiled == ["sin", "forward_features", "forward_scores"]
     result = result_of(tmp_path)
     assert [row["fire_i"] > 0.5 for row in result["rows"]] == [True, False, False]
     assert all(row["fire_p"] > 0.5 for row in result["rows"])
@@ -531,8 +533,9 @@ def test_targets_are_cached_and_belong_to_their_teacher(tmp_path, monkeypatch):
     wanted = (letkd.fit_words(penult, 12, seeded(1)),
               letkd.fit_decisions(inter, labels, 20, 2, 3, seeded(1)))
     monkeypatch.setattr(letkd, "teacher_features", forbidden)
-    again = letkd.prepare(teacher, data, parsed(
-        f"--cache {tmp_path} {TINY} {last} --alpha 0.5 --layers 1 --learning-rate 3"))
+    arguments = parsed(f"--cache {tmp_path} {TINY} {last} --alpha 0.5 --learning-rate 3")
+    arguments.layers = 1
+    again = letkd.prepare(teacher, data, arguments)
     for found in (words, decisions), again:
         torch.testing.assert_close([*found], [*wanted], rtol=0, atol=0)
 
