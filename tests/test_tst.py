@@ -1,8 +1,5 @@
-"""TST against its specification: oracles, gradients, what the stages freeze, tiny runs.
-
-The oracles are numpy in float64, written from the equations; goldens are typed from the
-specification, beside them the numbers that the usual mistakes would give.
-"""
+"""TST against its specification: numpy oracles written from the equations; goldens typed from the
+specification, beside what the usual mistakes would give; what each stage freezes; tiny runs."""
 
 import copy
 import itertools
@@ -79,74 +76,56 @@ def test_gate_golden(monkeypatch):
 def test_composition_golden(monkeypatch):
     """x = .2, T_a = .8, T_b = -.4, g = (.75, .5): .35; chained it were .125. Gates 1 and 0."""
     augmenter, x = plain_augmenter(operations=2), torch.full((1, 3, 2, 2), 0.2)
-    monkeypatch.setattr(torch, "randperm", lambda *_, **__: torch.arange(14))
-    augmenter.transform = lambda i, images, *_: torch.full_like(images, (0.8, -0.4)[i])
-    for gates, wanted in (((0.75, 0.5), 0.35), ((1, 1), 0.8 - 0.4 - 0.2), ((0, 0), 0.2)):
-        monkeypatch.setattr(tst, "relaxed_bernoulli", lambda *_, g=gates: torch.tensor(g))
+
+    def transform(i, images, magnitude, _):
+        assert images is x and (magnitude is None) == (i == 11)
+        return torch.full_like(x, {10: 0.8, 11: -0.4}[i])
+    augmenter.transform = transform
+    monkeypatch.setattr(torch, "randperm", lambda count, **__: torch.arange(count).roll(4))
+    for g_a, g_b, wanted in ((0.75, 0.5, 0.35), (1, 1, 0.8 - 0.4 - 0.2), (0, 0, 0.2)):
+        gates = torch.tensor([0.0] * 10 + [g_a, g_b, 0, 0])
+        monkeypatch.setattr(tst, "relaxed_bernoulli", lambda *_, gates=gates: gates)
         assert augmenter(x).flatten().tolist() == near([wanted] * 12)
 
 
-def test_the_25_numbers(monkeypatch):
-    augmenter = plain_augmenter(operations=14)
+def test_the_25_numbers():
+    augmenter = plain_augmenter()
     assert {name: p.tolist() for name, p in augmenter.named_parameters() if p.requires_grad} == {
         "theta_m": [0.0] * 11, "theta_p": [0.0] * 14}
-    augmenter.transform = lambda i, images, *_: images + 1
-    for u, side in ((0.45, 0), (0.55, 1)):  # at theta_p = 0 the rate is .5; .6225 if sigma twice
-        monkeypatch.setattr(torch, "rand", lambda *_, u=u, **__: torch.full((14,), u))
-        assert augmenter(torch.zeros(1, 3, 2, 2)).mean().item() == near(14 * side, 0.3)
     augmenter.theta_m.data[3], augmenter.theta_p.data[13] = 2.0, -1.0
     assert augmenter.magnitudes().tolist() == near([0.5] * 3 + [0.880797] + [0.5] * 7)
     assert augmenter.probabilities().tolist() == near([0.5] * 13 + [0.268941])
 
 
-@pytest.mark.parametrize("K", [1, 4, 14])
-def test_k_of_fourteen_are_drawn_and_each_sees_the_original(K):
-    counts, x, augmenter = np.zeros(14), torch.randn(2, 3, 4, 4), plain_augmenter(operations=K)
-
-    def transform(i, images, magnitude, _):
-        assert images is x and (magnitude is None) == (i >= 11)
-        counts[i] += 1
-        return images + 1
-    augmenter.transform = transform
-    for call in range(1, 301):
-        augmenter(x)
-        assert counts.sum() == call * K and counts.max() <= call
-    assert counts / 300 == near([K / 14] * 14, 0.12)
-
-
-@pytest.mark.parametrize("noise", [0, 0.01])
-def test_affine_by_hand(noise):
-    encoder, random = tst.GeometricEncoder().double(), np.random.default_rng(0)
-    h, W, b, m = (random.normal(size=size) for size in (6, (6, 7), 6, (3, 1)))
-    with torch.no_grad():
-        for parameter, value in ((encoder.h, h), (encoder.W, W), (encoder.b, b)):
-            parameter.copy_(tensor(value))
-    epsilon = torch.randn(3, 7, generator=generator(1)).double().numpy()
-    wanted = [(W @ (np.append(h, one) + noise * e) + b).reshape(2, 3) for one, e in zip(m, epsilon)]
-    assert encoder.affine(tensor(m), noise, generator(1)).detach().numpy() == near(wanted)
-
-
-def test_sampling_golden():
-    """align_corners=True would give (1.75, 2.75, 3.75, 1) for the first. And a quarter turn."""
-    def sampled(matrix, images):
-        encoder = tst.GeometricEncoder()
-        encoder.b.data = torch.tensor(matrix, dtype=torch.float32)
-        return encoder(images, torch.rand(1, 1))[0, 0]
-    x = torch.tensor([1.0, 2, 3, 4]).expand(1, 3, 4, 4)
+def test_geometric_encoder_golden_and_by_hand():
+    """align_corners=True would give (1.75, 2.75, 3.75, 1) for the first offset."""
+    encoder, random = tst.GeometricEncoder().double().requires_grad_(False), np.random
+    x, m = tensor([1, 2, 3, 4]).expand(1, 3, 4, 4), tensor([[0.7]])
     for offset, row in ((0.5, (2, 3, 4, 0)), (0.25, (1.5, 2.5, 3.5, 2)), (-0.5, (0, 1, 2, 3)),
-                        (0, (1, 2, 3, 4))):
-        assert sampled([1, 0, offset, 0, 1, 0], x)[0].tolist() == near(row, 1e-5)
-    x, top = torch.zeros(1, 3, 5, 5), torch.zeros(5, 5)
-    x[:, :, 2, 4], top[0, 2] = 1, 1  # right-middle goes to top-middle
-    assert sampled([0, -1, 0, 1, 0, 0], x).detach().numpy() == near(top)
+                        (0, (1, 2, 3, 4))):  # the last: unfitted, the identity
+        encoder.b[2] = offset
+        assert encoder(x, m)[0, 0].numpy() == near([row] * 4)
+    x, turned = tensor(np.zeros((1, 3, 5, 5))), np.zeros((5, 5))
+    x[:, :, 2, 4], turned[0, 2] = 1, 1  # by a quarter: right-middle goes to top-middle
+    encoder.b.copy_(tensor([0, -1, 0, 1, 0, 0]))
+    assert encoder(x, m)[0, 0].numpy() == near(turned)
+    h, W, b, m = (random.default_rng(0).normal(size=size) for size in (6, (6, 7), 6, (3, 1)))
+    for parameter, value in ((encoder.h, h), (encoder.W, W), (encoder.b, b)):
+        parameter.copy_(tensor(value))
+    epsilon = torch.randn(3, 7, generator=generator(1)).double().numpy()
+    for noise in (0, 0.01):
+        z = np.hstack([np.tile(h, (3, 1)), m]) + noise * epsilon  # (3,7)
+        found = encoder.affine(tensor(m), noise, generator(1))
+        assert found.numpy() == near((z @ W.T + b).reshape(3, 2, 3))
 
 
 def test_color_encoder_golden_and_by_hand():
     """J mixes channels and neighbours after scale and shift; zeros, not d, outside."""
-    encoder, m, random = tst.ColorEncoder().double(), tensor([[0], [0.5], [1]]), np.random
-    x = tensor(random.default_rng(0).normal(size=(3, 3, 6, 6)))
-    assert encoder(x, m).detach().numpy() == near(x)  # unfitted: the identity
-    encoder.requires_grad_(False).f.zero_()
+    encoder, m = tst.ColorEncoder().double().requires_grad_(False), tensor([[0], [0.5], [1]])
+    random = np.random.default_rng(0)
+    x, J = tensor(random.normal(size=(3, 3, 6, 6))), random.normal(size=(3, 3, 5, 5))
+    assert encoder(x, m).numpy() == near(x)  # unfitted: the identity
+    encoder.f.zero_()
     encoder.G[0, 10], encoder.G[1, 10] = 1, -0.5
     encoder.kappa.fill_(2)
     a, d = encoder.scale_shift(m, 0)
@@ -154,7 +133,6 @@ def test_color_encoder_golden_and_by_hand():
     assert d.flatten().tolist() == near([0, -0.062177, -0.122459])
     out = encoder(torch.full((3, 3, 5, 5), 0.3).double(), m, 0)
     assert out[:, 1, 2, 2].tolist() == near([0.3, 0.311299, 0.316176])
-    J = random.default_rng(1).normal(size=(3, 3, 5, 5))
     encoder.J.copy_(tensor(J))
     shaded = np.pad(1.24491866 * x[1].numpy() - 0.06217661, ((0, 0), (2, 2), (2, 2)))
     wanted = [[[(J[c] * shaded[:, r:r + 5, q:q + 5]).sum() for q in range(6)]
@@ -213,8 +191,7 @@ def test_geometric_targets_by_their_matrix(operation):
         assert (found != framed[:, :, row, column]).mean() < 0.01
 
 
-def test_fixed_operations():
-    """Goldens of Equalize; by way of bytes, without gradient."""
+def test_bytes_and_fixed_operations():
     image = torch.full((1, 3, 32, 32), 10, dtype=torch.uint8)
     image[:, :, 16:24], image[:, :, 24:] = 20, 30
     assert tst.exact("Equalize", image, 0)[0, 1, [0, 16, 24], 0].tolist() == [0, 171, 255]
@@ -227,9 +204,9 @@ def test_fixed_operations():
     assert tst.to_bytes(tensor([[[9]], [[-9]], [[9]]]), *STATS).flatten().tolist() == [255, 0, 255]
     x.requires_grad_()
     found = [plain_augmenter().transform(i, x, None, generator(2)) for i in (11, 12, 13)]
-    for out, wanted in zip(found, (x, tst.from_bytes(255 - small, *STATS), tst.cutout(
-            x.detach(), generator(2))), strict=True):
-        assert not out.requires_grad and torch.equal(out, wanted)
+    assert not any(out.requires_grad for out in found)
+    assert torch.equal(found[0], x) and torch.equal(found[2], tst.cutout(x, generator(2)))
+    assert torch.equal(found[1], tst.from_bytes(255 - small, *STATS))
 
 
 def test_cutout(monkeypatch):
@@ -308,18 +285,17 @@ def test_augmentation_loss_golden(term, student, total, d_s):
 
 
 def test_losses_by_hand():
-    """On random logits; of equal ones; of a student that is sure."""
     z, y = np.random.default_rng(0).normal(0, 2, (2, 5, 10)), torch.tensor([3, 0, 9, 0, 5])
     p_T, p_S = (np.exp(log_p(one))[np.arange(5), y] for one in z)
-    t, s = tensor(z[0]), tensor(z[1])
+    t, s, sure = tensor(z[0]), tensor(z[1]), tensor([[60, 0, 0]])
     L_T, L_S = -np.log(p_T).mean(), -np.log(1 - p_S + 1e-8).mean()
     assert [part.item() for part in tst.augmentation_loss(t, s, y)] == near([L_T + L_S, L_T, L_S])
     D = -np.log(p_S).mean() + 0.3 * 2**2 * kl(*z, 2)
     assert tst.distillation_loss(s, t, y, 0.3, 2).item() == near(D)
     assert tst.true_class(s, y).item() == near(p_S.mean())
+    # goldens for equal logits: they cancel in negative_ce; (13) ends at 18.42
     assert tst.augmentation_loss(s, s, y, "negative_ce")[0].item() == near(0)
     assert tst.augmentation_loss(tensor(S), tensor(S), Y)[0].item() == near(1.667722)
-    sure = tensor([[60, 0, 0]])
     assert tst.augmentation_loss(sure, sure, Y[:1])[2].item() == near(18.42, 0.01)
 
 
@@ -349,8 +325,6 @@ def test_distillation_loss_golden():
     (lambda: tst.distillation_loss(tensor(S), tensor(T)[:, :2], Y), r"\(2, 2\)"),
     (lambda: plain_augmenter(operations=15), "operations = 15"),
     (lambda: plain_augmenter().transform(14, None, None), "operation 14: 0 to 13"),
-    (lambda: plain_augmenter().transform(-1, None, None), "operation -1"),
-    (lambda: tst.Augmenter([], *STATS), "0 encoders"),
     (lambda: tst.fit_encoder(tst.ColorEncoder(), "Invert", None, *STATS), "Invert"),
     (lambda: tst.exact("Cutout", None, 0), "Cutout"),
     (lambda: tst.ColorEncoder()(torch.zeros(2, 3, 4, 4), torch.zeros(2)), r"\(2,\)"),
@@ -404,37 +378,13 @@ def test_toy_selection(sign):
     search = torch.optim.SGD([augmenter.theta_m, augmenter.theta_p], 0.01)
     x = augmenter(images, generator()).detach()
     _, L_T, L_S = tst.augmentation_loss(teacher(x), student(x), y)
-    terms = tst.search_step(augmenter, teacher, student, search, images, y, draws, STEP)
-    assert terms == {"L_T": L_T, "L_S": L_S, "conf_t": tst.true_class(teacher(x), y),
-                     "conf_s": tst.true_class(student(x), y)}
-    for _ in range(200):
-        tst.search_step(augmenter, teacher, student, search, images, y, draws, STEP)
+    wanted = {"L_T": L_T, "L_S": L_S, "conf_t": tst.true_class(teacher(x), y),
+              "conf_s": tst.true_class(student(x), y)}
+    for step in range(200):
+        terms = tst.search_step(augmenter, teacher, student, search, images, y, draws, STEP)
+        assert step or terms == wanted
     assert sign * augmenter.theta_m[0] > 0 and sign * augmenter.theta_p[0] > 0
     assert not augmenter.theta_m[1:].any() and not augmenter.theta_p[1:].any()
-
-
-def test_a_step_of_stage_three():
-    """(c); eq. (17) on [x~ ; x] and [y' ; y]; the teacher gets no gradient."""
-    images, labels, _ = common.make_shapes(24, 16, 0)
-    images, others = images.float() / 255 - 0.4, labels.flip(0)
-    student, teacher = (common.build_model(name, 20, 16) for name in ("resnet8x0.5", "resnet8"))
-    teacher, twin = teacher.eval(), copy.deepcopy(student)
-    still, first = torch.optim.SGD(student.parameters(), 0.0), (2 * images, others)
-    terms, logits = tst.train_step(student, teacher, still, images, labels, first, STEP)
-    both, y = torch.cat([2 * images, images]), torch.cat([others, labels])
-    s, t = twin(both), teacher(both).detach()
-    tst.distillation_loss(s, t, y).backward()
-    assert all(p.grad is None for p in teacher.parameters())
-    for ours, theirs in zip(student.parameters(), twin.parameters()):
-        assert torch.equal(ours.grad, theirs.grad)
-    assert torch.equal(logits, s[24:])
-    assert terms == {"ce": F.cross_entropy(s, y), "kl": tst.softened_kl(s, t, 4.0),
-                     "conf_t": tst.true_class(t[:24], others),
-                     "conf_s": tst.true_class(s[:24], others)}
-    s = twin(images)
-    terms, logits = tst.train_step(student, teacher, still, images, labels, None, STEP)
-    assert torch.equal(logits, s) and terms.keys() == {"ce", "kl"}
-    assert terms["ce"] == F.cross_entropy(s, labels)
 
 
 # ------------------------------------------------------------------------------- flags, schedules
@@ -474,11 +424,10 @@ def test_schedule(flags, at, passes):
 
 
 def test_plateau_golden():
-    rate, previous, rates = 0.01, 999.0, []
-    for loss in (2, 1.9, 1.89, 1.885, 1.95, 1.96, 1.93):
-        rate, previous = tst.plateau(previous, loss, rate), loss
-        rates.append(rate)
-    assert rates == near([0.01, 0.01, 0.009, 0.0081, 0.0081, 0.00729, 0.00729])
+    losses, rates = (999, 2, 1.9, 1.89, 1.885, 1.95, 1.96, 1.93), [0.01]
+    for previous, loss in itertools.pairwise(losses):
+        rates.append(tst.plateau(previous, loss, rates[-1]))
+    assert rates[1:] == near([0.01, 0.01, 0.009, 0.0081, 0.0081, 0.00729, 0.00729])
 
 
 # ------------------------------------------------------------------------------------------- runs
@@ -532,6 +481,28 @@ def test_stages_take_turns(whole):
         "lr": 0.01, "momentum": 0.9, "weight_decay": 0, "nesterov": False}.items()
 
 
+def test_a_step_of_stage_three(whole):
+    """(c); eq. (17) on [x~ ; x] and [y' ; y], student in train mode; teacher without gradient."""
+    _, teacher, _, images, y, (x, _), arguments = whole.steps[22].args
+    student, teacher = copy.deepcopy(whole.steps[22].student), copy.deepcopy(teacher)
+    teacher.requires_grad_()
+    twin, first = copy.deepcopy(student), (x, y.flip(0))
+    optimizer = torch.optim.SGD(student.parameters(), 0.1)
+    terms, logits = tst.train_step(student, teacher, optimizer, images, y, first, arguments)
+    assert all(p.grad is None for p in teacher.parameters())
+    s, t = (network(torch.cat([x, images])) for network in (twin, teacher))
+    tst.distillation_loss(s, t, torch.cat([y.flip(0), y])).backward()
+    for ours, theirs in zip(student.parameters(), twin.parameters()):
+        assert torch.equal(ours.grad, theirs.grad)
+    assert torch.equal(logits, s[24:]) and terms == {
+        "ce": F.cross_entropy(s, torch.cat([y.flip(0), y])), "kl": tst.softened_kl(s, t, 4),
+        "conf_t": tst.true_class(t[:24], y.flip(0)), "conf_s": tst.true_class(s[:24], y.flip(0))}
+    s = copy.deepcopy(student)(images)  # a control: the originals alone
+    terms, logits = tst.train_step(student, teacher, optimizer, images, y, None, arguments)
+    assert torch.equal(logits, s) and terms.keys() == {"ce", "kl"}
+    assert terms["ce"] == F.cross_entropy(s, y)
+
+
 def test_the_log_and_the_25_series(whole):
     rows, steps = log(whole.folder), log(whole.folder, "steps.csv")
     assert [row["epoch"] + row["stage"] + row["student_epoch"] for row in rows] == [
@@ -555,15 +526,13 @@ def test_the_log_and_the_25_series(whole):
 
 def test_the_result(whole):
     found = result_of(whole.folder)
-    measured, row, (one, two) = found["measures"], table(whole.printed)["TST"], found["blocks"]
+    measured, (one, two) = found["measures"], found["blocks"]
     assert (one["search_at"], two["search_at"]) == (0, 1)
     assert one["after"][0] == two["before"][0]  # theta rests between the searches
     assert measured.items() >= {
         "epochs": 3, "k_images": 1.56, "k_searched": 1.04, "T_before": two["before"][0],
         "S_before": two["before"][1], "T_after": two["after"][0], "S_after": two["after"][1],
         "T_end": two["after"][0]}.items()
-    assert [float(row[name]) for name in ("T_before", "S_end", "k_searched")] == near(
-        [measured["T_before"], measured["S_end"], 1.0], 5e-4)
     assert found["images"] == {
         "student forward and backward": 2 * 3 * 260, "teacher forward": 2 * 3 * 260,
         "both forward and backward to the image": 4 * 260}
@@ -617,8 +586,9 @@ def test_compare_prints_every_control(whole, run, tmp_path, monkeypatch):
     assert columns["k_images"] == ["0.8", "0.8", "1.6", "0.8", "1.6", "1.6"]
     assert columns["k_searched"] == ["0.0", "0.0", "1.0", "0.0", "0.0", "0.0"]
     assert columns["epochs"] == ["3"] * 6
-    assert [cell == "-" for cell in columns["T_before"] + columns["T_end"]] == [
-        True, True, False, True, True, True] + [True, True, False, True, True, False]
+    measured = [{name for name in ("T_before", "T_end") if row[name] != "-"}
+                for row in found.values()]
+    assert measured == [set(), set(), {"T_before", "T_end"}, set(), set(), {"T_end"}]
     assert result_of(out / "random")["probabilities"] == [0.5] * 14
     assert result_of(out / "kd")["images"]["student forward and backward"] == 780
     order = [step.args[4] for step in whole.steps if step.name == "train_step"]
@@ -631,41 +601,34 @@ def test_compare_prints_every_control(whole, run, tmp_path, monkeypatch):
         assert torch.equal(first[0], images) and torch.equal(first[1], labels)
 
 
-def test_imagenet_is_streamed_and_a_cache_must_be_writable(run, tmp_path):
-    """A tiny one: picture and confidences without all images in memory; a teacher from a file."""
+def test_imagenet_seeds_open_set_negative_ce(run, tmp_path):
+    """Streamed: picture and confidences without all images in memory. A teacher from a file."""
     from PIL import Image
-    for part, label, index in itertools.product(("train", "val"), "01", range(6)):
-        folder = tmp_path / "data" / part / label
-        folder.mkdir(parents=True, exist_ok=True)
-        _, image = random_bytes(40, 40, 3)
-        Image.fromarray(image.numpy()).save(folder / f"{index}.png")
+    for part, label, index in itertools.product(("train", "val"), "0123", range(6)):
+        path = tmp_path / "data" / part / label / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(random_bytes(40, 40, 3)[1].numpy()).save(path)
     file = tmp_path / "teacher.pt"
     torch.save(common.build_model("resnet8", 2, 16, 4).state_dict(), file)
     flags = (f"--dataset imagenet --data {tmp_path / 'data'} --image-size 16 --epochs 1 "
-             f"--batch-size 6 --fit-steps 5 --teacher-weights {file} ")
+             f"--batch-size 6 --fit-steps 5 --teacher-weights {file} --seed 0 1 --open-set 2 "
+             "--student-term negative_ce ")
     with pytest.raises(common.InputError, match="--cache .*teacher.pt cannot be written"):
         run("tst", tmp_path / "no", flags + f"--cache {file}")
     found = table(run("tst", tmp_path / "out", flags))
-    assert list(found) == ["teacher", "TST"] and found["teacher"]["epochs"] == "-"
-    assert (tmp_path / "out" / "augmented.png").stat().st_size > 1000
-
-
-def test_negative_ce_seeds_open_set(run, tmp_path):
-    flags = "--student-term negative_ce --open-set 4 --seed 0 1 --epochs 1 --fit-steps 5"
-    row = table(run("tst", tmp_path, flags))["TST, negative_ce"]
-    assert "±" in row["rank1"] and "±" in row["T_after"]
-    assert float(log(tmp_path / "seed-0")[0]["L_S"]) < 0
+    assert list(found) == ["teacher", "TST, negative_ce"] and found["teacher"]["epochs"] == "-"
+    assert "±" in found["TST, negative_ce"]["rank1"] and "±" in found["TST, negative_ce"]["T_after"]
+    assert (tmp_path / "out" / "seed-1" / "augmented.png").stat().st_size > 1000
+    assert float(log(tmp_path / "out" / "seed-0")[0]["L_S"]) < 0
 
 
 def test_pictures(whole, monkeypatch):
     """augmented.png: rows of an image, each operation alone, four draws of x~; and the figures."""
     from PIL import Image
-    with Image.open(whole.folder / "augmented.png") as picture:
-        pixels = torch.tensor(np.asarray(picture)[2:, 2:])  # tiles of 16, then 2 between them
-    rows = pixels.view(8, 18, 19, 18, 3).transpose(1, 2)[:, :, :16, :16].unbind()
-    for original, *tiles in rows:
-        assert torch.equal(tiles[12], 255 - original)  # Invert
-        assert not torch.equal(tiles[14], tiles[15])
+    pixels = np.asarray(Image.open(whole.folder / "augmented.png"))[2:, 2:]
+    tiles = pixels.reshape(8, 18, 19, 18, 3)[:, :16, :, :16]  # two pixels between them
+    assert np.array_equal(tiles[:, :, 13], 255 - tiles[:, :, 0])  # Invert
+    assert (tiles[:, :, 15] != tiles[:, :, 16]).any()
     pytest.importorskip("matplotlib")
     monkeypatch.syspath_prepend(common.Path(common.__file__).parent / "docs")
     __import__("figures").main(whole.folder)
