@@ -80,6 +80,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -193,11 +194,7 @@ def exact(operation, values, level, sign=1):
     factor = 1 + sign * 0.9 * level / 9
     slope = math.degrees(math.atan(sign * 0.3 * level / 9))
     shift = math.trunc(sign * 150 / 331 * level / 9 * values.shape[3])  # whole pixels
-
-    def affine(translate, shear, center=None):
-        return tv.affine(values, angle=0.0, translate=translate, scale=1.0, shear=shear,
-                         interpolation=InterpolationMode.NEAREST, center=center)
-
+    affine = partial(tv.affine, values, 0.0, scale=1.0, interpolation=InterpolationMode.NEAREST)
     return {
         "Brightness": lambda: tv.adjust_brightness(values, factor),
         "Color": lambda: tv.adjust_saturation(values, factor),
@@ -205,10 +202,10 @@ def exact(operation, values, level, sign=1):
         "Sharpness": lambda: tv.adjust_sharpness(values, factor),
         "Posterize": lambda: tv.posterize(values, 8 - round(level / 2.25)),
         "Solarize": lambda: tv.solarize(values, 255 - 255 * level / 9),
-        "ShearX": lambda: affine([0, 0], [slope, 0.0], [0, 0]),
-        "ShearY": lambda: affine([0, 0], [0.0, slope], [0, 0]),
-        "TranslateX": lambda: affine([shift, 0], [0.0, 0.0]),
-        "TranslateY": lambda: affine([0, shift], [0.0, 0.0]),
+        "ShearX": lambda: affine([0, 0], shear=[slope, 0.0], center=[0, 0]),
+        "ShearY": lambda: affine([0, 0], shear=[0.0, slope], center=[0, 0]),
+        "TranslateX": lambda: affine([shift, 0], shear=[0.0, 0.0]),
+        "TranslateY": lambda: affine([0, shift], shear=[0.0, 0.0]),
         "Rotate": lambda: tv.rotate(values, sign * 30 * level / 9, InterpolationMode.NEAREST),
         "Equalize": lambda: tv.equalize(values),
         "Invert": lambda: tv.invert(values),
@@ -354,13 +351,12 @@ TERMS = ("ce", "kl", "L_T", "L_S", "conf_t", "conf_s", "train")  # of log.csv; o
 
 def fit_encoder(encoder, operation, images, mean, std, steps=2000, batch_size=64, lr=1e-2,
                 decay=0.998, generator=None):
-    """Stage I, eq. (11): fit `encoder` to an operation (a name, or an index of OPERATIONS).
+    """Stage I, eq. (11): fit `encoder` to the operation of that name.
 
     `images` (N,3,H,W) normalised by mean, std (3,1,1), drawn with replacement by `generator` (CPU).
     Returns the mean loss of the last 100 steps; the encoder is left frozen, in place.
     """
-    name = OPERATIONS[operation] if operation in range(MOVABLE) else operation
-    if name not in OPERATIONS[:MOVABLE]:
+    if operation not in OPERATIONS[:MOVABLE]:
         raise ValueError(f"no encoder for {operation!r}; there are {OPERATIONS[:MOVABLE]}")
     optimizer = torch.optim.AdamW(encoder.parameters(), lr, weight_decay=0)
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, decay)
@@ -369,9 +365,9 @@ def fit_encoder(encoder, operation, images, mean, std, steps=2000, batch_size=64
         chosen = torch.randint(len(images), (batch_size,), generator=generator)
         x = images[chosen.to(images.device)]
         rho, coin = torch.rand(2, generator=generator).tolist()
-        sign = 1 if name in UNSIGNED or coin < 0.5 else -1
+        sign = 1 if operation in UNSIGNED or coin < 0.5 else -1
         level = min(math.floor(10 * rho), 9)
-        target = from_bytes(exact(name, to_bytes(x, mean, std), level, sign), mean, std)
+        target = from_bytes(exact(operation, to_bytes(x, mean, std), level, sign), mean, std)
         # Eq. (11): mean ( T_i(x; sgn rho) - Norm(Op_i(v(x); sgn level[k])) )^2
         fitted = encoder(x, torch.full((len(x), 1), sign * rho, device=x.device), noise=0.0)
         loss = F.mse_loss(fitted, target)
@@ -383,7 +379,7 @@ def fit_encoder(encoder, operation, images, mean, std, steps=2000, batch_size=64
     encoder.requires_grad_(False)
     last = torch.stack(losses[-100:]).mean().item()
     if not math.isfinite(last):
-        raise InputError(f"Stage I: the fit of {name} is not finite; are the images damaged?")
+        raise InputError(f"Stage I: the fit of {operation} is not finite; are the images damaged?")
     return last
 
 
@@ -422,9 +418,9 @@ def fitted_encoders(data, arguments):
               "of the fit (of doing nothing)")
         generator, errors, start = torch.Generator().manual_seed(arguments.seed), {}, time.time()
         most = 5000 if data.image_size <= 64 else 500  # large images would fill the memory
-        batches = data.train.augmented(arguments.batch_size, generator)
-        first = islice(batches, math.ceil(most / arguments.batch_size))
-        images = torch.cat([batch for batch, _ in first])[:most]
+        batches = islice(data.train.augmented(arguments.batch_size, generator),
+                         math.ceil(most / arguments.batch_size))
+        images = torch.cat([batch for batch, _ in batches])[:most]
         mean, std = (images.new_tensor(value).view(3, 1, 1) for value in (data.mean, data.std))
         for name, encoder in zip(OPERATIONS, encoders):
             error = fit_encoder(encoder, name, images, mean, std, arguments.fit_steps,
