@@ -503,8 +503,8 @@ def test_the_result(whole):
     assert found["images"] == {"student forward and backward": 1560, "teacher forward": 1560,
                                "both forward and backward to the image": 1040}
     assert found["seconds_by_stage"] == pytest.approx({"I": measured["fit"], **{
-        "I" * stage: sum(row["s"] for row in found["rows"] if row["stage"] == stage)
-        for stage in (2, 3)}})
+        name: sum(row["s"] for row in found["rows"] if row["stage"] == stage)
+        for name, stage in (("II", 2), ("III", 3))}})
     assert list(found["fit_errors"]) == list(tst.OPERATIONS[:11])
     augmenter = common.load_weights(plain_augmenter(), whole.folder / "augmenter.pt")
     assert found["magnitudes"] == augmenter.magnitudes().tolist()
