@@ -53,25 +53,19 @@ or a published account of it. CODE: in the authors' code. READING: our choice, o
     (15) L_II = L_T + L_S                                                 CODE
     (16) D = CE(s, y) + w tau^2 mean KL(softmax(t / tau) || softmax(s / tau))    CODE
     (17) L_III = D on the 2B batch [x~ ; x] with labels [y ; y]           CODE
-    (18), (19) the gradients of Stage II: see the tests                   algebra
     (lr) lr0 0.1^j, j = how many of 5/8, 3/4, 7/8 of the run are over     CODE (150, 180, 210)
 
 Departure from the paper's words: the default student term is (13), not (14); which one made its
 tables is UNKNOWN. Departures from CODE (READING): the gate's logit is theta_p, not
 sigmoid(theta_p), so that q_i is the apply rate; no inner random-apply gate, no mask of zero rows;
-one linear map for two; identity start; own Stage I schedule, no noise in the colour fit; u clamped
-to [1e-6, 1 - 1e-6]; one CPU generator for gates, permutation, cutout and noise; float32, one
-device, no moving average of weights; training accuracy on the original half; Stage I runs on demand
-(a clone of CODE without encoder files cannot start); the targets are torchvision's, which round a
-few pixels of shears, colour and sharpness otherwise than the plain formulas; all small recipes (on
-shapes 12 epochs at 0.1), weight decay 5e-4 there; the controls.
+identity start; Stage I on demand, its schedule; the search's SGD; u clamped to [1e-6, 1 - 1e-6];
+one CPU generator for the augmenter; float32, no moving average of weights; targets by torchvision,
+which rounds a few pixels otherwise than the plain formulas; the small recipes; the controls.
 Kept although odd (CODE): image-sized cutout (centre anywhere: 25 to 100 % erased), additive
-residuals, positive magnitudes only, one gate a call for the whole batch, the plateau rule. Not
-copied (CODE): `SDA.lr` (never used), 75 % of the data (resnet56 pair), `only_stage_one` (resnet110
--> resnet20; it fails at its first Stage II).
-UNKNOWN: the paper's equations, its tau_g, K, weights, schedule, pairs, all tables, the figures'
+residuals, positive magnitudes only, one gate a call for the whole batch, the plateau rule.
+UNKNOWN: the paper's equations, its tau_g, K, weights, schedule, pairs, all numbers, the figures'
 conclusions, whether its last operation is Cutout or CutMix, whether its batch of 256 is 128 + 128,
-how often Stages II and III alternate. None of its accuracies is known to this project.
+how often Stages II and III alternate.
 
     python tst.py                       embedded shapes; 2 CPU cores: about 80 seconds
     python tst.py --compare             with its controls; 2 CPU cores: 2 to 3 minutes
@@ -86,6 +80,8 @@ from __future__ import annotations
 import hashlib
 import math
 import time
+from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -113,7 +109,6 @@ OPERATIONS = ("Brightness", "Color", "Contrast", "Sharpness", "Posterize", "Sola
 COLOR, MOVABLE = 6, 11  # operations before 6 have a colour encoder, before 11 a magnitude
 UNSIGNED = ("Posterize", "Solarize")
 STUDENT_TERMS = ("non_saturating", "negative_ce")
-DROPS = (5 / 8, 3 / 4, 7 / 8)  # (lr)
 
 
 def relaxed_bernoulli(logits, temperature=0.05, generator=None):
@@ -150,10 +145,7 @@ def augmentation_loss(teacher_logits, student_logits, labels, student_term="non_
 
 
 def distillation_loss(student_logits, teacher_logits, labels, weight=1.0, temperature=4.0):
-    """Eq. (16), a scalar; logits (B,C), labels (B,); ValueError for unequal shapes.
-
-    Only the student gets a gradient.
-    """
+    """Eq. (16), a scalar; logits (B,C), labels (B,) int. Only the student gets gradients."""
     # Eq. (16): D = CE(s, y) + w tau^2 mean_b KL( softmax(t/tau) || softmax(s/tau) )
     ce = F.cross_entropy(student_logits, labels)
     return ce + weight * temperature**2 * softened_kl(student_logits, teacher_logits, temperature)
@@ -162,7 +154,7 @@ def distillation_loss(student_logits, teacher_logits, labels, weight=1.0, temper
 def softened_kl(student_logits, teacher_logits, temperature):
     """The KL of eq. (16) in nats, mean over the batch; the teacher's logits are constants."""
     same_shape(student_logits, teacher_logits)
-    # kl_div takes the learner first and as LOG-probabilities; "batchmean" divides by B
+    # kl_div takes the learner first and as LOG-probabilities; "batchmean" divides by B, not B C
     return F.kl_div(F.log_softmax(student_logits / temperature, dim=1),
                     F.log_softmax(teacher_logits.detach() / temperature, dim=1),
                     reduction="batchmean", log_target=True)
@@ -180,8 +172,7 @@ def true_class(logits, labels):
 
 
 def to_bytes(images, mean, std):
-    """Eq. (10): normalised images to uint8."""
-    # Eq. (10): v = clamp(floor(255 (x std + mean) + 1/2), 0, 255)
+    """Eq. (10), uint8: v = clamp(floor(255 (x std + mean) + 1/2), 0, 255)."""
     return (255 * (images * std + mean) + 0.5).floor().clamp(0, 255).to(torch.uint8)
 
 
@@ -193,8 +184,7 @@ def from_bytes(values, mean, std):
 def exact(operation, values, level, sign=1):
     """The hand-written operation at `level` 0..9 of 9, sign +1 or -1: uint8 to uint8 (B,3,H,W).
 
-    torchvision's own; geometric ones sample the nearest pixel and leave black outside. ValueError
-    for an unknown operation.
+    torchvision's own; geometric ones sample the nearest pixel, black outside. ValueError: unknown.
     """
     if operation not in OPERATIONS[:-1]:
         raise ValueError(f"no operation is called {operation!r}; there are {OPERATIONS[:-1]}")
@@ -204,11 +194,7 @@ def exact(operation, values, level, sign=1):
     factor = 1 + sign * 0.9 * level / 9
     slope = math.degrees(math.atan(sign * 0.3 * level / 9))
     shift = math.trunc(sign * 150 / 331 * level / 9 * values.shape[3])  # whole pixels
-
-    def affine(translate, shear, center=None):
-        return tv.affine(values, angle=0.0, translate=translate, scale=1.0, shear=shear,
-                         interpolation=InterpolationMode.NEAREST, center=center)
-
+    affine = partial(tv.affine, values, 0.0, scale=1.0, interpolation=InterpolationMode.NEAREST)
     return {
         "Brightness": lambda: tv.adjust_brightness(values, factor),
         "Color": lambda: tv.adjust_saturation(values, factor),
@@ -216,10 +202,10 @@ def exact(operation, values, level, sign=1):
         "Sharpness": lambda: tv.adjust_sharpness(values, factor),
         "Posterize": lambda: tv.posterize(values, 8 - round(level / 2.25)),
         "Solarize": lambda: tv.solarize(values, 255 - 255 * level / 9),
-        "ShearX": lambda: affine([0, 0], [slope, 0.0], [0, 0]),
-        "ShearY": lambda: affine([0, 0], [0.0, slope], [0, 0]),
-        "TranslateX": lambda: affine([shift, 0], [0.0, 0.0]),
-        "TranslateY": lambda: affine([0, shift], [0.0, 0.0]),
+        "ShearX": lambda: affine([0, 0], shear=[slope, 0.0], center=[0, 0]),
+        "ShearY": lambda: affine([0, 0], shear=[0.0, slope], center=[0, 0]),
+        "TranslateX": lambda: affine([shift, 0], shear=[0.0, 0.0]),
+        "TranslateY": lambda: affine([0, shift], shear=[0.0, 0.0]),
         "Rotate": lambda: tv.rotate(values, sign * 30 * level / 9, InterpolationMode.NEAREST),
         "Equalize": lambda: tv.equalize(values),
         "Invert": lambda: tv.invert(values),
@@ -233,7 +219,7 @@ def plateau(previous, loss, rate):
     return rate * 0.9 if delta < 0.02 and abs(delta / (previous - 1e-6)) < 0.02 else rate
 
 
-def learning_rates(initial, epochs, drops=DROPS):
+def learning_rates(initial, epochs, drops=(5 / 8, 3 / 4, 7 / 8)):
     """(lr): the rate of each epoch, ten times smaller after each share of the run in `drops`."""
     return [initial * 0.1 ** sum(e >= drop * epochs for drop in drops) for e in range(epochs)]
 
@@ -359,19 +345,18 @@ def cutout(images, generator=None):
 
 # -------------------------------------------------------------------------------------- 3. training
 SEARCH, DRAWS, PICTURES = 10_000, 20_000, 30_000  # seeds apart: search batches, augmenter, display
-SEARCH_RATE = 0.01  # READING; at the start of every search
+SEARCH_RATE, MOMENTUM = 0.01, 0.9  # READING, of a search; no weight decay (CODE)
 TERMS = ("ce", "kl", "L_T", "L_S", "conf_t", "conf_s", "train")  # of log.csv; one stage's or both'
 
 
 def fit_encoder(encoder, operation, images, mean, std, steps=2000, batch_size=64, lr=1e-2,
                 decay=0.998, generator=None):
-    """Stage I, eq. (11): fit `encoder` to an operation (a name, or an index of OPERATIONS).
+    """Stage I, eq. (11): fit `encoder` to the operation of that name.
 
     `images` (N,3,H,W) normalised by mean, std (3,1,1), drawn with replacement by `generator` (CPU).
     Returns the mean loss of the last 100 steps; the encoder is left frozen, in place.
     """
-    name = OPERATIONS[operation] if operation in range(MOVABLE) else operation
-    if name not in OPERATIONS[:MOVABLE]:
+    if operation not in OPERATIONS[:MOVABLE]:
         raise ValueError(f"no encoder for {operation!r}; there are {OPERATIONS[:MOVABLE]}")
     optimizer = torch.optim.AdamW(encoder.parameters(), lr, weight_decay=0)
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, decay)
@@ -380,9 +365,9 @@ def fit_encoder(encoder, operation, images, mean, std, steps=2000, batch_size=64
         chosen = torch.randint(len(images), (batch_size,), generator=generator)
         x = images[chosen.to(images.device)]
         rho, coin = torch.rand(2, generator=generator).tolist()
-        sign = 1 if name in UNSIGNED or coin < 0.5 else -1
+        sign = 1 if operation in UNSIGNED or coin < 0.5 else -1
         level = min(math.floor(10 * rho), 9)
-        target = from_bytes(exact(name, to_bytes(x, mean, std), level, sign), mean, std)
+        target = from_bytes(exact(operation, to_bytes(x, mean, std), level, sign), mean, std)
         # Eq. (11): mean ( T_i(x; sgn rho) - Norm(Op_i(v(x); sgn level[k])) )^2
         fitted = encoder(x, torch.full((len(x), 1), sign * rho, device=x.device), noise=0.0)
         loss = F.mse_loss(fitted, target)
@@ -394,7 +379,7 @@ def fit_encoder(encoder, operation, images, mean, std, steps=2000, batch_size=64
     encoder.requires_grad_(False)
     last = torch.stack(losses[-100:]).mean().item()
     if not math.isfinite(last):
-        raise InputError(f"Stage I: the fit of {name} is not finite; are the images damaged?")
+        raise InputError(f"Stage I: the fit of {operation} is not finite; are the images damaged?")
     return last
 
 
@@ -431,15 +416,12 @@ def fitted_encoders(data, arguments):
                              "choose another folder") from None
         print(f"Stage I: {MOVABLE} encoders, {arguments.fit_steps} steps each; mean squared error "
               "of the fit (of doing nothing)")
-        generator, images, start = torch.Generator().manual_seed(arguments.seed), [], time.time()
+        generator, errors, start = torch.Generator().manual_seed(arguments.seed), {}, time.time()
         most = 5000 if data.image_size <= 64 else 500  # large images would fill the memory
-        for batch, _ in data.train.augmented(arguments.batch_size, generator):
-            images.append(batch)
-            if sum(map(len, images)) >= most:
-                break
-        images, errors = torch.cat(images)[:most], {}
-        mean, std = (torch.tensor(value, device=arguments.device).view(3, 1, 1)
-                     for value in (data.mean, data.std))
+        batches = islice(data.train.augmented(arguments.batch_size, generator),
+                         math.ceil(most / arguments.batch_size))
+        images = torch.cat([batch for batch, _ in batches])[:most]
+        mean, std = (images.new_tensor(value).view(3, 1, 1) for value in (data.mean, data.std))
         for name, encoder in zip(OPERATIONS, encoders):
             error = fit_encoder(encoder, name, images, mean, std, arguments.fit_steps,
                                 generator=generator)
@@ -485,8 +467,8 @@ def reference_rows(alone, data, arguments):
 def schedule(arguments):
     """[(stage, epoch, n)]: the epochs of Stage III, and before some the passes n of a search.
 
-    Counted from 0. Where not typed, searches come before E // 8 and 3 E // 8 and have
-    max(1, E // 8) passes (CODE: 30 passes before 30 and 90 of 240 epochs); ImageNet's 100: CODE.
+    Counted from 0. CODE: 30 passes before epochs 30 and 90 of 240; 5 before 10 and 25 of ImageNet's
+    100. Other lengths, where nothing is typed: in proportion.
     """
     E, released = arguments.epochs, arguments.dataset == "imagenet" and arguments.epochs == 100
     at = arguments.search_at or ([10, 25] if released else [E // 8, 3 * E // 8])
@@ -497,11 +479,6 @@ def schedule(arguments):
             plan += [(2, epoch, n) for n in range(passes)]
         plan.append((3, epoch, 0))
     return plan
-
-
-def search_optimizer(augmenter):
-    """Stage II's SGD over the 25 numbers; READING: momentum 0.9; no weight decay."""
-    return torch.optim.SGD([augmenter.theta_m, augmenter.theta_p], SEARCH_RATE, 0.9)
 
 
 def search_step(augmenter, teacher, student, optimizer, images, labels, draws, arguments):
@@ -562,7 +539,7 @@ def train(record, data, teacher, arguments):
         encoders, errors, fit_seconds = fitted_encoders(data, arguments)  # Stage I
         augmenter = Augmenter(encoders, data.mean, data.std, arguments.operations,
                               arguments.gate_temperature).to(arguments.device)
-        search = search_optimizer(augmenter)
+        search = torch.optim.SGD([augmenter.theta_m, augmenter.theta_p], SEARCH_RATE, MOMENTUM)
         parts = {"augmenter": augmenter, "search": search}
     record.restore(student=student, optimizer=optimizer, shuffle=shuffle, aside=aside, draws=draws,
                    **parts)
@@ -575,7 +552,7 @@ def train(record, data, teacher, arguments):
             fixed = frozen(student)  # as the teacher is: eval mode, no gradients for its weights
             if n == 0:  # theta goes on; momentum, rate and plateau rule start again
                 search.state.clear()
-                search.param_groups[0]["lr"], record.state["loss"] = SEARCH_RATE, 999.0
+                search.param_groups[0]["lr"] = SEARCH_RATE
                 blocks.append({"search_at": epoch, "before": confidences(
                     augmenter, teacher, fixed, data, arguments)})
             lr, mean = search.param_groups[0]["lr"], Mean()
@@ -587,9 +564,9 @@ def train(record, data, teacher, arguments):
                     lines.append({"epoch": done + 1, "step": mean.batches, **series(augmenter),
                                   **{name: float(value) for name, value in terms.items()}})
             row = mean.row()
-            loss, previous = row["L_T"] + row["L_S"], record.state["loss"]
-            search.param_groups[0]["lr"] = plateau(previous, loss, lr)
-            record.state["loss"] = loss
+            last = record.rows[-1] if n else {"L_T": 999.0, "L_S": 0.0}  # the pass before, if any
+            search.param_groups[0]["lr"] = plateau(last["L_T"] + last["L_S"],
+                                                   row["L_T"] + row["L_S"], lr)
             if plan[done + 1][0] == 3:
                 blocks[-1]["after"] = confidences(augmenter, teacher, fixed, data, arguments)
         else:  # Stage III: the student learns
@@ -608,11 +585,10 @@ def train(record, data, teacher, arguments):
             row, test = mean.row(), evaluate(student, data.test, arguments)
         record.close_epoch({"stage": stage, "student_epoch": epoch + 1, "lr": lr,
                             **dict.fromkeys(TERMS), **row, "test": test}, len(plan), lines)
-    seen, stages = len(data.train), {2: 0.0, 3: 0.0}
-    for row in record.rows:
-        stages[row["stage"]] += row["s"]
-    taught = seen * arguments.epochs * (1 if arguments.augment == "none" else 2)
-    searched = seen * (len(plan) - arguments.epochs)
+    seconds = {stage: sum(row["s"] for row in record.rows if row["stage"] == stage)
+               for stage in (2, 3)}
+    taught = len(data.train) * arguments.epochs * (1 if arguments.augment == "none" else 2)
+    searched = len(data.train) * (len(plan) - arguments.epochs)
     weights, found = {"student": student.state_dict()}, {}
     if augmenter is not None:
         weights["augmenter"] = augmenter.state_dict()
@@ -621,7 +597,7 @@ def train(record, data, teacher, arguments):
         save_grid(augmenter, data, seed + PICTURES, record.folder / "augmented.png")
     record.finish(
         weights, blocks=blocks, **found,
-        seconds_by_stage={"I": fit_seconds, "II": stages[2], "III": stages[3]},
+        seconds_by_stage={"I": fit_seconds, "II": seconds[2], "III": seconds[3]},
         images={"student forward and backward": taught, "teacher forward": taught,
                 "both forward and backward to the image": searched},
         measures={**measures(student, teacher, augmenter, blocks, data, arguments),
@@ -652,13 +628,11 @@ def confidences(augmenter, teacher, student, data, arguments):
 
 def measures(student, teacher, augmenter, blocks, data, arguments):
     """Confidences T, S before and after the last search and at the end; recognition, if any."""
-    found = {}
-    for when, pair in (blocks[-1] if blocks else {}).items():
-        if when != "search_at":
-            found |= {f"T_{when}": pair[0], f"S_{when}": pair[1]}
+    pairs = {when: blocks[-1][when] for when in ("before", "after") if blocks}
     if augmenter is not None:
-        found["T_end"], found["S_end"] = confidences(augmenter, teacher, student, data, arguments)
-    return {**found, **recognition(student, data, arguments)}
+        pairs["end"] = confidences(augmenter, teacher, student, data, arguments)
+    return {**{f"{who}_{when}": value for when, pair in pairs.items()
+               for who, value in zip("TS", pair)}, **recognition(student, data, arguments)}
 
 
 def save_grid(augmenter, data, seed, path):
@@ -677,15 +651,15 @@ def save_grid(augmenter, data, seed, path):
 
 # ----------------------------------------------------------------------------------------- 4. flags
 SMALL = {"teacher": "resnet20", "student": "resnet8x0.5", "epochs": 8, "fit_steps": 500,
-         "temperature": 4.0, **RECIPE}
-DEFAULTS = {  # flags by data set; each can be given by hand
+         "temperature": 4.0, "nesterov": True, "drops": (5 / 8, 3 / 4, 7 / 8), **RECIPE}
+DEFAULTS = {  # by data set; all but nesterov and the drops of the rate (CODE) are flags
     "shapes": {**SMALL, **SHAPES},
     "fashionmnist": SMALL, "cifar10": SMALL, "folder": SMALL, "tinyimagenet": SMALL,
     "cifar100": {**SMALL, "teacher": "resnet32x4", "student": "resnet8x4", "epochs": 240,
                  "fit_steps": 2000, "batch_size": 128, "learning_rate": 0.1, "weight_decay": 1e-4},
     "imagenet": {**SMALL, "teacher": "resnet34", "student": "resnet18", "epochs": 100,
                  "fit_steps": 2000, "batch_size": 256, "learning_rate": 0.3, "weight_decay": 1e-4,
-                 "temperature": 1.0},
+                 "temperature": 1.0, "drops": (0.4, 0.7)},
 }
 COLUMNS = {"test": ".2f", "best": ".2f", "T_before": ".3f", "S_before": ".3f", "T_after": ".3f",
            "S_after": ".3f", "T_end": ".3f", "S_end": ".3f", "rank1": ".1f", "verification": ".1f",
@@ -718,8 +692,6 @@ def parse_args(argv=None):
     add("--compare", action="store_true", default=None,
         help=f"run the controls as well: student alone, {', '.join(CONTROLS)}; one table")
     arguments = parse(parser, argv)
-    arguments.nesterov = True  # CODE
-    arguments.drops = (0.4, 0.7) if arguments.dataset == "imagenet" else DROPS  # CODE
     typed = arguments.search_at or arguments.search_epochs
     if typed and arguments.augment != "learned" and not arguments.compare:
         parser.error(f"--augment {arguments.augment} never searches; --search-at and "
