@@ -84,14 +84,15 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
+from common import (
+    SHAPES, InputError, Mean, autocast, base_parser, build_model, compile_network, each_seed,
+    evaluate, evaluating, frozen, load_data, load_file, load_frozen, number, open_set_rows, parse,
+    planned_runs, print_table, recognition, refuse_useless, run_script, save_file, sgd, sound,
+    train_network)
+
 import torch
 import torch.nn.functional as F
 from torch import nn
-
-from common import (
-    SHAPES, InputError, Mean, autocast, base_parser, build_model, compile_network, each_seed,
-    evaluate, evaluating, frozen, load_data, load_file, load_frozen, number, parse, planned_runs,
-    print_table, recognition, run_script, save_file, sgd, train_network)
 
 RECIPE = {"learning_rate": 0.05, "momentum": 0.9, "weight_decay": 5e-4, "batch_size": 64}
 CONTROLS = {  # --compare: name -> (the flags it changes, why)
@@ -408,7 +409,7 @@ def fitted_encoders(data, arguments):
         torch.manual_seed(arguments.seed)
         encoders = nn.ModuleList([ColorEncoder() if i < COLOR else GeometricEncoder()
                                   for i in range(MOVABLE)]).to(arguments.device)
-    if not path.exists():
+    if not sound(path):
         try:
             arguments.cache.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -570,7 +571,7 @@ def train(record, data, teacher, arguments):
             if plan[done + 1][0] == 3:
                 blocks[-1]["after"] = confidences(augmenter, teacher, fixed, data, arguments)
         else:  # Stage III: the student learns
-            lr, mean = rates[epoch], Mean()
+            lr, mean = rates[epoch], Mean("the student")
             optimizer.param_groups[0]["lr"] = lr
             student.train()
             others = data.train.augmented(B, aside) if arguments.augment == "twice" else None
@@ -692,10 +693,13 @@ def parse_args(argv=None):
     add("--compare", action="store_true", default=None,
         help=f"run the controls as well: student alone, {', '.join(CONTROLS)}; one table")
     arguments = parse(parser, argv)
-    typed = arguments.search_at or arguments.search_epochs
-    if typed and arguments.augment != "learned" and not arguments.compare:
-        parser.error(f"--augment {arguments.augment} never searches; --search-at and "
-                     "--search-epochs are for the learned augmentation")
+    every = arguments.compare is not None
+    learned = (every or arguments.augment == "learned", "--augment learned")
+    augmented = (every or arguments.augment in ("learned", "random"), "--augment learned, random")
+    refuse_useless(parser, {
+        "search_at": learned, "search_epochs": learned, "operations": augmented,
+        "gate_temperature": augmented, "fit_steps": augmented,
+        "student_term": (arguments.augment == "learned", "--augment learned")})
     late = [epoch for epoch in arguments.search_at or () if epoch >= arguments.epochs]
     if late:
         parser.error(f"--search-at {late[0]}: epochs count from 0 to {arguments.epochs - 1}")
@@ -714,7 +718,7 @@ def main():
         data = load_data(of_seed)
         runs = planned_runs(of_seed, data, chosen, CONTROLS)
         alone = networks_alone(data, of_seed)
-        rows = reference_rows(alone, data, of_seed)
+        rows = open_set_rows(data, of_seed) + reference_rows(alone, data, of_seed)
         for name, flags, record in runs:
             if not record.result:
                 train(record, data, alone["teacher"][0], flags)
