@@ -993,6 +993,19 @@ def frozen(network):
     return twin
 
 
+def folded(network):
+    """`frozen`, and every batch norm merged into the convolution before it: the same outputs but
+    for the last digits, in less time; for a teacher that will never learn again."""
+    twin = frozen(network)
+    for module in twin.modules():
+        parts = list(module.named_children())
+        for (name, convolution), (after, norm) in zip(parts, parts[1:]):
+            if isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                setattr(module, name, nn.utils.fuse_conv_bn_eval(convolution, norm))
+                setattr(module, after, nn.Identity())
+    return twin
+
+
 WRAPPERS = ("state_dict_ema", "model_ema", "ema_state_dict", "ema", "state_dict",
             "model_state_dict", "model", "net", "student")  # where the field's files keep weights
 

@@ -92,7 +92,7 @@ from typing import NamedTuple
 
 from common import (
     SHAPES, InputError, Mean, Network, autocast, base_parser, build_model, each_seed, embeddings,
-    evaluate, evaluating, load_data, load_file, load_frozen, number, open_set_rows, parse,
+    evaluate, evaluating, folded, load_data, load_file, load_frozen, number, open_set_rows, parse,
     planned_runs, print_table, recognition, refuse_useless, run_script, save_file, sgd, sound,
     step_rates, train_network)
 
@@ -562,6 +562,7 @@ def train(record, data, teacher, targets, arguments):
     and result.json. A `Mean` averages an epoch's batches.
     """
     rates = learning_rates(arguments.learning_rate, arguments.epochs, arguments.dataset)
+    teacher = folded(teacher) if teacher else None
     student = new_student(data, arguments).to(arguments.device)
     optimizer = sgd(student.parameters(), arguments)
     shuffle = torch.Generator().manual_seed(arguments.seed)  # order, crops and flips

@@ -86,9 +86,9 @@ from pathlib import Path
 
 from common import (
     SHAPES, InputError, Mean, autocast, base_parser, build_model, compile_network, each_seed,
-    evaluate, evaluating, frozen, load_data, load_file, load_frozen, number, open_set_rows, parse,
-    planned_runs, print_table, recognition, refuse_useless, run_script, save_file, sgd, sound,
-    train_network)
+    evaluate, evaluating, folded, frozen, load_data, load_file, load_frozen, number, open_set_rows,
+    parse, planned_runs, print_table, recognition, refuse_useless, run_script, save_file, sgd,
+    sound, train_network)
 
 import torch
 import torch.nn.functional as F
@@ -531,6 +531,7 @@ def train(record, data, teacher, arguments):
     rates = learning_rates(arguments.learning_rate, arguments.epochs, arguments.drops)
     student = build_model(arguments.student, data.classes, data.image_size, seed)
     student.to(arguments.device)
+    teacher = folded(teacher)
     optimizer = sgd(student.parameters(), arguments)
     shuffle = torch.Generator().manual_seed(seed)  # order, crops and flips of Stage III
     aside = torch.Generator().manual_seed(seed + SEARCH)  # those of searches, of "twice"'s others
