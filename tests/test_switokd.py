@@ -1,7 +1,6 @@
 """SwitOKD against its specification: its section 11, numpy oracles, gradients, tiny runs.
 
-Goldens are typed from the specification. Networks that return a logit parameter put any case into
-a step.
+Goldens are typed from the specification; networks that return a parameter put them into a step.
 """
 
 import importlib
@@ -17,7 +16,7 @@ import common
 import switokd
 
 Y, LABELS = np.eye(3)[:2], torch.tensor([0, 1])
-
+LATE = (140, 200, 250)  # the drops on CIFAR-100
 CASES = {  # z_s, z_t, tau
     "A": ([[1, 0, 0], [0, 1, 0]], [[0, 0, 0], [2, 5, 0]], 1),
     "B": ([[1, 0, 0], [0, 1, 1]], [[2, 1, 0], [0, 2, 1]], 1),
@@ -97,15 +96,14 @@ NAMES = {  # (students, teachers)
 
 
 def step(*case, labels=LABELS, tau=1.0, switch="adaptive", topology="pair"):
-    """One step on the logits of the students, then of the teachers: losses, pairs, networks.
-
-    Exactly the networks without a loss stay as they were, but for batch norm; ONE forward each.
-    """
+    """A step on the logits of the students, then of the teachers: losses, pairs, networks. Those
+    without a loss, and no others, stay as they were but for batch norm; ONE forward each."""
     students, teachers = NAMES[topology]
     networks = {name: Logits(z) for name, z in zip([*students, *teachers], case, strict=True)}
     sgd = {}
-    for name, network in networks.items():  # momentum and decay would move z without any gradient
+    for name, network in networks.items():  # an old gradient, momentum and decay would move z
         sgd[name] = torch.optim.SGD(network.parameters(), 0.1, 0.9, weight_decay=0.1)
+        network.z.grad = torch.ones_like(network.z)
         sgd[name].state[network.z]["momentum_buffer"] = torch.ones_like(network.z)
     losses, logits, pairs = switokd.train_step(
         {name: networks[name] for name in students}, {name: networks[name] for name in teachers},
@@ -116,9 +114,8 @@ def step(*case, labels=LABELS, tau=1.0, switch="adaptive", topology="pair"):
         assert logits[name].dtype == torch.float32 and not logits[name].requires_grad
         assert logits[name].numpy() == pytest.approx(np.asarray(z, float), rel=1e-6)
         momentum = sgd[name].state[network.z]["momentum_buffer"]
-        kept = [torch.equal(network.z, tensor(z)), bool((momentum == 1).all()),
-                all(parameter.grad is None for parameter in network.parameters())]
-        assert kept == [losses[name] is None] * 3
+        kept = torch.equal(network.z, tensor(z)), (momentum == 1).all(), (network.z.grad == 1).all()
+        assert kept == (losses[name] is None,) * 3
         assert network.calls == 1 and network.norm.running_mean.all()
     losses = {name: loss if loss is None else loss.item() for name, loss in losses.items()}
     return losses, pairs, networks
@@ -257,9 +254,6 @@ def test_unequal_shapes_are_refused():  # broadcasting would hide them
 
 
 # ----------------------------------------------------------------------------- schedule and flags
-LATE = (140, 200, 250)  # the drops of CIFAR-100
-
-
 @pytest.mark.parametrize("flags, networks, epochs, initial, drops", [
     ("cifar10", "wrn_16_1 wrn_16_8", 299, [0.1, 0.1], (100, 150, 200)),
     ("cifar10 --epochs 300", "wrn_16_1 wrn_16_8", 300, [0.1, 0.1], (151, 201, 251)),
