@@ -338,10 +338,11 @@ def test_fraction_open_set_and_temperature(run, tmp_path):
 
 
 def test_student_and_teacher_learn_the_shapes(tmp_path, run, monkeypatch):
-    monkeypatch.setattr(common, "SHAPES_TRAIN", 600)
+    """20 classes, chance 5 %."""
+    monkeypatch.setattr(common, "SHAPES_TRAIN", 400)
     run("trikd", tmp_path, "--epochs 4 --batch-size 20 --generations 1")
     (last,) = result_of(tmp_path)["generations"]
-    assert min(last["test"], last["teacher"]) > 15  # chance: 5
+    assert min(last["test"], last["teacher"]) > 12
 
 
 def test_pictures(whole, run, capsys, monkeypatch):
