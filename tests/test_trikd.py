@@ -314,7 +314,8 @@ def test_a_stopped_chain_goes_on_bit_for_bit(typed, twin, at, whole, run, tmp_pa
     assert same_run(tmp_path, whole.folder / twin)
 
 
-def test_a_useless_control_is_left_out_and_born_again_always_learns(run, tmp_path):
+def test_a_useless_control_is_left_out_and_born_again_always_learns(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "SHAPES_TRAIN", 130)
     printed = run("trikd", tmp_path, "--anchor-weight 0 --peer-weight 0 --anchor-on teacher "
                   "--compare --generations 1 --epochs 1")
     rows = ["student alone", "student alone, long", "TriKD", "born-again", "mutual learning, long"]
@@ -338,11 +339,10 @@ def test_fraction_open_set_and_temperature(run, tmp_path):
 
 
 def test_student_and_teacher_learn_the_shapes(tmp_path, run, monkeypatch):
-    """20 classes, chance 5 %."""
     monkeypatch.setattr(common, "SHAPES_TRAIN", 400)
     run("trikd", tmp_path, "--epochs 4 --batch-size 20 --generations 1")
     (last,) = result_of(tmp_path)["generations"]
-    assert min(last["test"], last["teacher"]) > 12
+    assert min(last["test"], last["teacher"]) > 12  # chance: 5
 
 
 def test_pictures(whole, run, capsys, monkeypatch):
