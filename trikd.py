@@ -45,12 +45,11 @@ Equations, all READING; sg detaches; sums over classes, means over the batch; CE
     (8)  equal triples: l = lambda / (lambda + zeta), whatever pi; after g generations the share of
          the labels against A_0 is 1 - (zeta / (lambda + zeta))^g
     (9) to (11) open-set recognition: see `open_set_report` in common.py
-    (lr) lr(e) = lr0 * 0.1 ** (how many of 5/8, 3/4, 7/8 of the E epochs lie behind epoch e)
+    (lr) ten times smaller after 5/8, 3/4 and 7/8 of the E epochs: see `step_rates` in common.py
 
-Ours, not the paper's theory: (7) says what the fence does. At tau = 1 and with unlimited capacity
-both networks end on the straight line from the anchor's output to the label, at a place set by the
-weights; with equal triples, (8), by zeta against lambda alone. In this limit the teacher adds
-nothing: a real gain has to come from outside it, our guess from what a teacher generalises better.
+Ours, not the paper's theory: by (7) both networks end on the straight line from the anchor's output
+to the label, at a place set by the weights; by (8) of zeta against lambda alone. In this limit the
+teacher adds nothing: a gain has to come from outside, our guess from its better generalisation.
 
 READING, the most doubtful first: the restriction as a soft KL penalty on outputs; the anchor term
 on the student too; the term from student to teacher; weights 1, of the anchor 0.1 (the best of 0.1,
@@ -83,7 +82,7 @@ import torch.nn.functional as F
 from common import (
     SHAPES, Mean, autocast, base_parser, build_model, compile_network, each_seed, embeddings,
     evaluate, frozen, load_data, number, parse, planned_runs, print_table, recognition, run_script,
-    save_file, sgd, train_network)
+    save_file, sgd, step_rates, train_network)
 
 RECIPE = {"learning_rate": 0.05, "momentum": 0.9, "weight_decay": 5e-4, "batch_size": 64}
 NO_ANCHOR = {"anchor_weight": [0.0], "generations": 1}
@@ -112,10 +111,7 @@ class Weights(NamedTuple):
 
 # -------------------------------------------------------------------------- 1. losses and equations
 def kl_to(target_logits, logits, temperature=1.0):
-    """Eq. (1), a scalar in nats; logits (B,C), ValueError if the shapes differ.
-
-    Only `logits`, the learner's, get a gradient.
-    """
+    """Eq. (1), a scalar in nats; logits (B,C). Only `logits`, the learner's, get a gradient."""
     if target_logits.shape != logits.shape:  # broadcasting would hide it
         raise ValueError(f"logits of {tuple(target_logits.shape)} and {tuple(logits.shape)} must "
                          "have one shape")
@@ -143,10 +139,7 @@ def student_loss(student_logits, teacher_logits, anchor_logits, labels, weights,
 
 
 def label_shares(teacher_weights, student_weights):
-    """Eq. (7): (l_T, l_S), the place of the fixed point between anchor (0) and label (1).
-
-    It holds at temperature 1. (None, None) where the weights leave it open (D = 0).
-    """
+    """Eq. (7): (l_T, l_S), from 0, the anchor, to 1, the label; (None, None) where D = 0."""
     T, S = teacher_weights, student_weights
     # Eq. (7): D = (lambda_T + pi_T + zeta_T) (lambda_S + pi_S + zeta_S) - pi_T pi_S
     D = sum(T) * sum(S) - T.peer * S.peer
@@ -154,13 +147,6 @@ def label_shares(teacher_weights, student_weights):
         return None, None
     # Eq. (7): l_T = [ lambda_T (lambda_S + pi_S + zeta_S) + pi_T lambda_S ] / D
     return (T.label * sum(S) + T.peer * S.label) / D, (S.label * sum(T) + S.peer * T.label) / D
-
-
-def learning_rates(initial, epochs):
-    """(lr): the rate of each epoch of a generation, ten times smaller after 5/8, 3/4 and 7/8."""
-    # (lr): lr(e) = lr0 * 0.1 ** (how many of 5/8, 3/4, 7/8 of the E epochs lie behind epoch e)
-    return [initial * 0.1 ** sum(8 * e >= part * epochs for part in (5, 6, 7))
-            for e in range(epochs)]
 
 
 # --------------------------------------------------------------------------------------- 2. modules
@@ -189,7 +175,7 @@ def networks_alone(data, arguments):
         wanted["teacher alone"] = "teacher", arguments.epochs
     alone = {}
     for name, (role, epochs) in wanted.items():
-        rates = learning_rates(arguments.learning_rate, epochs)
+        rates = step_rates(arguments.learning_rate, epochs)
         result, states = train_network(getattr(arguments, role), data, rates, arguments,
                                        seed=seed_of(role, 0, arguments.seed), title=f"\n{name}")
         alone[name] = states[epochs], result
@@ -266,13 +252,12 @@ def train(record, data, alone, arguments):
                    **{f"{role}_sgd": optimizers[role] for role in roles})
     for network in networks.values():
         compile_network(network, arguments)
-    student, teacher, fixed = networks["student"], networks.get("teacher"), {}
-    if arguments.peer == "finished":
-        teacher = fixed["peer"] = alone["teacher alone"][0]
+    fixed = {"peer": alone["teacher alone"][0]} if arguments.peer == "finished" else {}
+    student, teacher = networks["student"], networks.get("teacher", fixed.get("peer"))
     if not online and weights["student"].anchor:
         fixed["anchor"] = anchor
     generations = record.state.setdefault("generations", [])  # the measures of each
-    rates = learning_rates(arguments.learning_rate, E)
+    rates = step_rates(arguments.learning_rate, E)
     while (epoch := len(record.rows)) < G * E:
         g, e = divmod(epoch, E)
         if e == 0 and g > 0:  # A_g = S_g; then a new student and a new teacher
@@ -332,15 +317,15 @@ def trained_before(alone, triples, peer):
 def generation_rows(name, result):
     """The table's rows of a finished chain, one a generation; epochs and seconds so far."""
     before, generations, table = result["before"], result["generations"], []
+    online = result["arguments"]["peer"] == "online"
     for one in generations:
-        done = [row for row in result["rows"] if row["generation"] <= one["generation"]]
-        tests = [row["test"] for row in done if row["generation"] == one["generation"]]
-        online = result["arguments"]["peer"] == "online"
+        g = one["generation"]
+        done = [row for row in result["rows"] if row["generation"] <= g]
+        tests = [row["test"] for row in done if row["generation"] == g and row["test"] is not None]
         table.append({
-            **one, "run": f"{name}, generation {len(table) + 1}" if len(generations) > 1 else name,
-            "best": max(test for test in tests if test is not None),
-            "epochs": before["epochs"] + len(done),
-            "t_epochs": before["t_epochs"] + (len(done) if online else 0),
+            **one, "run": f"{name}, generation {g}" if len(generations) > 1 else name,
+            "best": max(tests), "epochs": before["epochs"] + len(done),
+            "t_epochs": before["t_epochs"] + online * len(done),
             "seconds": before["seconds"] + sum(row["s"] for row in done)})
     return table
 
@@ -424,8 +409,9 @@ def parse_args(argv=None):
 
 def main():
     arguments, tables = parse_args(), []
-    useless = {"kd": not weights_of("student", arguments).peer}
-    controls = {name: control for name, control in CONTROLS.items() if not useless.get(name)}
+    controls = dict(CONTROLS)
+    if not weights_of("student", arguments).peer:
+        del controls["kd"]  # its student would learn from nobody
     for of_seed in each_seed(arguments):
         data = load_data(of_seed)
         runs = planned_runs(of_seed, data, "TriKD", controls)
