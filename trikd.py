@@ -76,13 +76,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
-import torch.nn.functional as F
-
 from common import (
     SHAPES, Mean, autocast, base_parser, build_model, compile_network, each_seed, embeddings,
-    evaluate, frozen, load_data, number, parse, planned_runs, print_table, recognition, run_script,
-    save_file, sgd, step_rates, train_network)
+    evaluate, folded, frozen, load_data, number, open_set_rows, parse, planned_runs, print_table,
+    recognition, refuse_useless, run_script, save_file, sgd, step_rates, train_network)
+
+import torch
+import torch.nn.functional as F
 
 RECIPE = {"learning_rate": 0.05, "momentum": 0.9, "weight_decay": 5e-4, "batch_size": 64}
 NO_ANCHOR = {"anchor_weight": [0.0], "generations": 1}
@@ -252,7 +252,7 @@ def train(record, data, alone, arguments):
                    **{f"{role}_sgd": optimizers[role] for role in roles})
     for network in networks.values():
         compile_network(network, arguments)
-    fixed = {"peer": alone["teacher alone"][0]} if arguments.peer == "finished" else {}
+    fixed = {"peer": folded(alone["teacher alone"][0])} if arguments.peer == "finished" else {}
     student, teacher = networks["student"], networks.get("teacher", fixed.get("peer"))
     if not online and weights["student"].anchor:
         fixed["anchor"] = anchor
@@ -396,6 +396,8 @@ def parse_args(argv=None):
     arguments = parse(parser, argv)
     # with --train-fraction a generation has more epochs, so that it has as many updates
     arguments.epochs = max(1, round(arguments.epochs / arguments.train_fraction))
+    refuse_useless(parser, {"peer_weight": (arguments.compare or arguments.peer != "none",
+                                            "--peer online and finished")})
     for name in Weights._fields:
         if len(getattr(arguments, f"{name}_weight")) > 2:
             parser.error(f"--{name}-weight: one value, or two: the teacher's, the student's")
@@ -416,7 +418,7 @@ def main():
         data = load_data(of_seed)
         runs = planned_runs(of_seed, data, "TriKD", controls)
         alone = networks_alone(data, of_seed)
-        rows = reference_rows(alone, data, of_seed)
+        rows = open_set_rows(data, of_seed) + reference_rows(alone, data, of_seed)
         for name, flags, record in runs:
             if not record.result:
                 train(record, data, alone, flags)

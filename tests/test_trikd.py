@@ -179,7 +179,7 @@ def test_steps_follow_the_gradients(roles, batch, classes, tau):
     ("--label-weight 1 2 --peer-weight 0.5 1.5 --anchor-weight 2 0.25", FIRST, (2, 1.5, 0.25)),
     ("--anchor-on teacher", (1, 1, 0.1), (1, 1, 0)),
     ("--anchor-on student --anchor-weight 3", (1, 1, 0), (1, 1, 3)),
-    ("--peer none --peer-weight 2", (1, 0, 0.1), (1, 0, 0.1))])
+    ("--peer none", (1, 0, 0.1), (1, 0, 0.1))])
 def test_the_six_weights(typed, T, S):
     arguments = trikd.parse_args(f"--device cpu {typed}".split())
     assert [trikd.weights_of(role, arguments) for role in ("teacher", "student")] == [T, S]
@@ -190,7 +190,8 @@ def test_the_six_weights(typed, T, S):
     ("--label-weight 1 0 --peer-weight 1 0 --anchor-on teacher", "the student are 0"),
     ("--label-weight 0 1 --peer-weight 0 --anchor-on student", "the teacher are 0"),
     ("--peer none --label-weight 0 --anchor-weight 0", "nothing to learn"),
-    ("--label-weight 0 --compare", "--label-weight 0")])
+    ("--label-weight 0 --compare", "--label-weight 0"),
+    ("--peer none --peer-weight 2", "--peer-weight has no effect here")])
 def test_argument_errors_are_one_line(typed, word, capsys):
     assert word in refused("trikd", typed, capsys)
 
