@@ -53,8 +53,8 @@ def pixels(*shape, seed=0):
 
 def as_split(images):
     """A Split of uint8 images (N,3,H,W), each labelled by its own index."""
-    statistics = (torch.tensor(value).view(3, 1, 1) for value in (MEAN, STD))
-    return common.Split(torch.as_tensor(images), torch.arange(len(images)), *statistics)
+    mean, std = torch.tensor([MEAN, STD]).view(2, 3, 1, 1)
+    return common.Split(torch.as_tensor(images), torch.arange(len(images)), mean, std)
 
 
 def torchvision(image, top=4, left=4, flip=False):
@@ -70,10 +70,9 @@ def test_batches_equal_torchvisions_pipeline_for_every_draw(monkeypatch):
     """Difference 0.0 to PIL images; all 81 offsets x 2 mirrorings are equally likely (chi-square
     within 4 standard deviations)."""
     images, crop, draws = pixels(4860, 3, 10, 13), common.crop_and_flip, []  # not square
-    plain = list(as_split(images[:10]).batches(4))
-    assert [labels.tolist() for _, labels in plain] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
-    for ours, image in zip(torch.cat([batch for batch, _ in plain]), images):
-        assert (ours - torchvision(image)).abs().max() == 0.0
+    (plain, labels), = as_split(images[:10]).batches(10)
+    assert labels.tolist() == list(range(10)) and all(
+        torch.equal(ours, torchvision(image)) for ours, image in zip(plain, images))
 
     def crop_and_flip(chosen, *draw):
         draws.append(draw)
@@ -82,7 +81,7 @@ def test_batches_equal_torchvisions_pipeline_for_every_draw(monkeypatch):
     monkeypatch.setattr(common, "crop_and_flip", crop_and_flip)
     for batch, labels in as_split(images).augmented(500, seeded()):
         for ours, label, *draw in zip(batch, labels, *(d.tolist() for d in draws[-1]), strict=True):
-            assert (ours - torchvision(images[label], *draw)).abs().max() == 0.0, draw
+            assert torch.equal(ours, torchvision(images[label], *draw)), draw
     top, left, flip = map(torch.cat, zip(*draws))
     observed, mean = torch.bincount((top * 9 + left) * 2 + flip, minlength=162), len(images) / 162
     assert len(observed) == 162 and observed.min() > 0
@@ -108,8 +107,8 @@ def test_every_image_once_by_the_generator_alone_and_no_left_over_single(count, 
 
 
 # --------------------------------------------------------------------------------- choosing images
-@pytest.mark.parametrize(("fraction", "expected"), [
-    (0.1, [1, 1, 1, 4]), (0.25, [1, 1, 3, 10]), (0.9, [1, 3, 11, 36]), (1.0, [1, 3, 12, 40])])
+@pytest.mark.parametrize("fraction, expected", [
+    (0.1, [1, 1, 1, 4]), (0.25, [1, 1, 3, 10]), (1.0, [1, 3, 12, 40])])
 def test_stratified(fraction, expected):
     labels = torch.tensor([0] * 1 + [1] * 3 + [2] * 12 + [3] * 40)  # four class sizes
     labels = labels[torch.randperm(56, generator=seeded())]
@@ -289,9 +288,9 @@ def test_tinyimagenet_as_it_is_handed_out(tmp_path):
 
 def test_imagenet_is_read_on_demand_and_no_batch_depends_on_the_workers(tmp_path, monkeypatch):
     pictures = pixels(2, 40, 50, 3)
-    for part, count in (("train", 5), ("val", 2)):
-        for name, picture in zip("ab", pictures, strict=True):
-            write_pictures(tmp_path / part / name, *[picture] * count)
+    for name, picture in zip("ab", pictures, strict=True):
+        write_pictures(tmp_path / "train" / name, *[picture] * 5)
+        write_pictures(tmp_path / "val" / name, picture)
     data, epochs = load("imagenet", tmp_path, image_size=32), []
     for workers, seed in ((1, 0), (2, 0), (1, 1)):
         monkeypatch.setattr(common.os, "cpu_count", lambda workers=workers: workers)
@@ -303,11 +302,11 @@ def test_imagenet_is_read_on_demand_and_no_batch_depends_on_the_workers(tmp_path
     assert len({crop.numpy().tobytes() for crop in images}) == 10  # each draws its own crop
     # evaluation: shorter side to 32 * 256 / 224 = 36, centre crop; two levels for PIL's rounding
     images, labels = next(iter(data.test.batches()))
-    assert labels.tolist() == [0, 0, 1, 1]
-    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    for image, picture in zip(images[::2], pictures, strict=True):
+    assert labels.tolist() == [0, 1]
+    for image, picture in zip(images, pictures, strict=True):
         theirs = functional.center_crop(functional.resize(Image.fromarray(picture), 36), 32)
-        theirs = functional.normalize(functional.to_tensor(theirs), mean, std)
+        theirs = functional.normalize(functional.to_tensor(theirs), (0.485, 0.456, 0.406),
+                                      (0.229, 0.224, 0.225))
         assert (image - theirs).abs().max() < 2 / 255 / 0.22
 
 
@@ -323,18 +322,17 @@ def write_sets(folder, patch):
     shutil.unpack_archive(folder / "packed" / ARCHIVE, folder / "unpacked")
 
 
-def plant_a_program(path):
-    """A pickle that makes the folder `made` when it is read."""
-    made = path.parents[1] / "made"
-    path.write_bytes(pickle.dumps(type("P", (), {"__reduce__": lambda _: (os.mkdir, (made,))})()))
+class Program:
+    """A pickle of it makes the folder `made` when it is read."""
+    def __reduce__(self):
+        return os.mkdir, ("made",)
 
 
 DAMAGE = {
     "remove": lambda path: shutil.rmtree(path) if path.is_dir() else path.unlink(),
     "rename": lambda path: path.rename(f"{path}.txt"),
     "halve": lambda path: path.write_bytes(path.read_bytes()[:path.stat().st_size // 2]),
-    "make text": lambda path: path.write_text("<html>not found</html>"),
-    "make a program": plant_a_program,
+    "make a program": lambda path: path.write_bytes(pickle.dumps(Program())),
     "drop an image": lambda path: write_fashion(path, "train", pixels(9, 28, 28), range(10)),
 }
 ARCHIVE, BATCH = "cifar-10-python.tar.gz", "cifar-10-batches-py/data_batch_3"
@@ -355,15 +353,16 @@ INCOMPLETE = "cifar10 in DIR are damaged or incomplete ("
     ("unpacked", "remove", BATCH, "cifar10", f"cifar-10-batches-py there and get {ARCHIVE} again"),
     ("packed", "halve", ARCHIVE, "cifar10", f"{INCOMPLETE}the md5 of {ARCHIVE}"),
     ("packed", "remove", ARCHIVE, "cifar10", f"not known); put {ARCHIVE} into DIR, or name its"),
-    ("fashion", "make text", LABELS, "fashionmnist", f"{IMAGES} or {LABELS} in DIR is damaged"),
+    ("fashion", "halve", LABELS, "fashionmnist", f"{IMAGES} or {LABELS} in DIR is damaged"),
     ("fashion", "drop an image", "", "fashionmnist", "images and labels do not belong together")])
 def test_what_the_user_can_mend_is_an_input_error(tmp_path, monkeypatch, kind, damage, path, name,
                                                   message):
     write_sets(tmp_path, monkeypatch)
+    monkeypatch.chdir(tmp_path)
     folder = tmp_path / kind
     assert len(load(name, shutil.copytree(folder, tmp_path / "copy")).train) > 0  # undamaged
     for damaged in list(folder.glob(path)) if path else [folder]:
         DAMAGE[damage](damaged)
     with pytest.raises(common.InputError, match=re.escape(message.replace("DIR", str(folder)))):
         load(name, folder)
-    assert not (folder / "made").exists()  # no pickle was opened before its md5 was right
+    assert not (tmp_path / "made").exists()  # no pickle was opened before its md5 was right
