@@ -173,6 +173,8 @@ def test_shapes_are_held_out_besides_and_open_set_keeps_the_last_classes_apart()
     for kept in (1, 19, 25):
         with pytest.raises(common.InputError, match=f"--open-set {kept}: keep out 2 .* of the 20"):
             shapes_data(open_set=kept)
+    with pytest.raises(common.InputError, match="--batch-size 500: there are only 260 training im"):
+        shapes_data(batch_size=500)
 
 
 # -------------------------------------------------------------------------------------- shapes

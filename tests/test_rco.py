@@ -331,8 +331,9 @@ def test_eei_with_one_anchor_is_plain_kd_and_weight_zero_the_student_alone(once)
     plain, trace = once("--strategy kd").student, once("--strategy kd --weight 0")
     assert same(once("--anchors 1").student, plain)
     arguments = rco.parse_args(f"--device cpu --batch-size 50 --cache {trace.out}/c".split())
-    alone = common.train_network("resnet8x0.5", trace.data, RATES, arguments, seed=0)[1]
-    assert same(trace.student, clone(alone[3])) and not same(trace.student, plain)
+    alone, states = common.train_network("resnet8x0.5", trace.data, RATES, arguments, seed=0)
+    assert same(trace.student, clone(states[3])) and not same(trace.student, plain)
+    assert trace.result["last_test"] == alone["last_test"]
 
 
 RUNS = {  # flags: the teacher of every epoch
