@@ -7,6 +7,7 @@ specification (six decimals), beside them the numbers that the usual mistakes wo
 import importlib
 import math
 from argparse import Namespace
+from functools import cache
 
 import numpy as np
 import pytest
@@ -248,7 +249,7 @@ RATES = [0.1 * 0.1**k for k in (0, 1, 2)]  # eq. (12) for E = 3
 
 
 def play(run, out, flags):
-    """rco.py under spies: its steps, greedy choices, data, route and result."""
+    """rco.py under spies: its steps, data, route and result."""
     trace = Namespace(steps=[], out=out)
     step, route = rco.train_step, rco.teacher_route
 
@@ -282,13 +283,7 @@ def play(run, out, flags):
 @pytest.fixture(scope="module")
 def once(run, tmp_path_factory):
     """flags -> trace; each run once, all with the same teacher."""
-    folder, memory = tmp_path_factory.mktemp("rco"), {}
-
-    def call(flags):
-        if flags not in memory:
-            memory[flags] = play(run, folder / str(len(memory)), flags)
-        return memory[flags]
-    return call
+    return cache(lambda flags: play(run, tmp_path_factory.mktemp("rco"), flags))
 
 
 def test_route_holds_the_states_of_one_run(once):
