@@ -111,12 +111,14 @@ def test_a_record_keeps_every_row_and_headlines_the_last_epoch(tmp_path, capsys,
 
 
 @pytest.mark.parametrize("name, call", [("write_csv", 3), ("write_csv", 4), ("save_file", 2)])
-def test_a_stop_while_an_epoch_is_closed_loses_no_row_and_no_draw(name, call, tmp_path):
+def test_a_stop_while_an_epoch_is_closed_loses_no_row_and_no_draw(name, call, tmp_path,
+                                                                         capsys):
     with pytest.MonkeyPatch.context() as patch:
         stopped(patch, common, name, call)
         with pytest.raises(KeyboardInterrupt):
             drive(tmp_path, [1.0, 2.0, 3.0])
     record = drive(tmp_path, [1.0, 2.0, 3.0], resume=True)
+    assert capsys.readouterr().out.count("     test") == 2  # each run heads its columns
     assert [row["test"] for row in log(tmp_path)] == ["1.0", "2.0", "3.0"]
     assert [row["value"] for row in log(tmp_path, "steps.csv")] == ["0", "1", "1", "2", "2", "3"]
     again = torch.Generator().manual_seed(3)
