@@ -369,8 +369,9 @@ def test_stages_anchors_and_what_goes_on(once, flags, used):
         assert [step.lr for step in epoch] == pytest.approx([rate] * 6)
     assert all(step.modes == [{True}, {False}] for step in trace.steps)  # student, teacher
     final = trace.steps[-1].after  # the last weights, not the best
-    assert all(torch.equal(value, final[name]) for name, value in trace.student.items())
-    assert ("adapter.weight" in trace.student) == ("mimic" in flags)  # of widths 32 and 64
+    assert ("adapter.weight" in final) == ("--transfer" in flags)  # from 32 to 64 features
+    assert same(trace.student, {name: value for name, value in final.items()
+                                if "mimic" in flags or not name.startswith("adapter.")})
     assert final["stem.1.num_batches_tracked"] == len(trace.steps)  # evaluation adds nothing
     generator = torch.Generator().manual_seed(0)  # training images alone, one draw through all
     for epoch in trace.epochs:
