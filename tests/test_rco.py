@@ -404,6 +404,11 @@ def test_greedy_measures_the_current_student(run, tmp_path, monkeypatch):
     assert trace.result["measures"]["kl_final"] == pytest.approx(truth[-1][-1], rel=1e-3, abs=1e-6)
 
 
+def test_equal_widths_need_no_adapter():
+    data = Namespace(classes=20, image_size=16)
+    assert isinstance(rco.build_student("resnet8x0.5", data, 32, "hint", 0).adapter, nn.Identity)
+
+
 def test_controls_of_mimic_and_their_rates(run, once, tmp_path):
     """Each has as many epochs as KD; a tenth of the rate is mimic's alone, not the student's."""
     rows = table(run("rco", tmp_path, "--transfer mimic --strategy kd --compare eei "
