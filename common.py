@@ -1003,7 +1003,7 @@ def folded(network):
             if isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
                 setattr(module, name, nn.utils.fuse_conv_bn_eval(convolution, norm))
                 setattr(module, after, nn.Identity())
-    return twin
+    return twin.eval().requires_grad_(False)
 
 
 WRAPPERS = ("state_dict_ema", "model_ema", "ema_state_dict", "ema", "state_dict",

@@ -259,3 +259,22 @@ def test_evaluating_gives_every_module_its_own_mode_back():
             if error:
                 raise error
         assert [module.training for module in parts] == modes and torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("name", ["resnet14", "wrn_16_1", "vgg8", "mobilenetv2", "resnet18",
+                                  "mobilenet_v2"])
+@torch.no_grad()
+def test_folded_gives_the_same_logits_without_batch_norm(name):
+    """Up to float32's last digits; where a norm comes first (WideBlock) it stays; no gradients."""
+    model, images = common.build_model(name, 10, 32), random_images(8)
+    model(images)  # statistics of its own
+    for norm in model.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.weight.uniform_(0.5, 1.5)
+            norm.bias.normal_()
+    plain, twin = common.frozen(model), common.folded(model)
+    torch.testing.assert_close(twin(images), plain(images), rtol=1e-4, atol=1e-4)
+    left = sum(isinstance(part, nn.BatchNorm2d) for part in twin.modules())
+    assert left == {"wrn_16_1": 7}.get(name, 0) and model.training
+    assert not any(part.training for part in twin.modules())
+    assert not any(parameter.requires_grad for parameter in twin.parameters())

@@ -126,10 +126,11 @@ def test_a_stop_while_an_epoch_is_closed_loses_no_row_and_no_draw(name, call, tm
 
 
 @pytest.mark.parametrize("owner, writer, old, new", [
-    (torch, "save", {"x": 1}, {"x": 2}), (Path, "write_text", "old", "new")])
+    (torch, "save", {"x": 1}, {"x": 2}), (os, "replace", "old", "new")])
 def test_saving_is_atomic(owner, writer, old, new, tmp_path, monkeypatch):
     def half(*arguments):
-        next(one for one in arguments if isinstance(one, Path)).write_bytes(b"half")
+        if writer == "save":
+            arguments[1].write(b"half")
         raise KeyboardInterrupt
     common.save_file(old, tmp_path / "file")
     before = (tmp_path / "file").read_bytes()
@@ -155,11 +156,11 @@ def test_a_folder_that_another_process_writes_is_refused(tmp_path):
 
 def test_a_term_that_is_not_finite_stops():
     """In a long epoch it does not go on to the end."""
-    mean = common.Mean()
-    with pytest.raises(common.InputError, match="'kl' is not finite"):
+    mean = common.Mean("the student")
+    with pytest.raises(common.InputError, match="'kl' of the student is not finite"):
         for _ in range(50):
             mean.add({"ce": 1.0, "kl": torch.tensor(float("nan"))}, None, LABELS)
-    with pytest.raises(common.InputError, match="'kl' is not finite"):
+    with pytest.raises(common.InputError, match="'kl' of the student is not finite"):
         mean.row()
 
 
@@ -172,7 +173,7 @@ def test_a_used_folder_is_refused_and_left_as_it_was(state, run, finished, inter
     monkeypatch.setattr(rco, "train_network", forbidden)
     with pytest.raises(common.InputError, match="--resume"):
         run("rco", folder, GREEDY)
-    for flags in ("--temperature 2", "--seed 1", "--weight-decay 0.1", "--strategy eei"):
+    for flags in ("--temperature 2", "--seed 1", "--weight-decay 0.1", "--hint-weight 0.5"):
         name = flags.split()[0].removeprefix("--").replace("-", "_")
         with pytest.raises(common.InputError, match=rf"{name} was .*, now {flags.split()[1]}"):
             run("rco", folder, f"{GREEDY} --resume {flags}")
@@ -290,17 +291,15 @@ def test_states_that_were_not_kept_are_trained_again_and_then_kept(train):
     assert train.runs == 3 and equal(everything[1], states[1]) and equal(everything[2], more[2])
 
 
-def test_a_teacher_that_diverges_leaves_nothing_and_a_damaged_state_is_named(train):
-    with pytest.raises(common.InputError, match="'ce' is not finite"):
+def test_a_teacher_that_diverges_leaves_nothing_and_a_foreign_state_is_named(train):
+    with pytest.raises(common.InputError, match="'ce' of teacher is not finite"):
         train([1e30, 1e30])
     assert not list(train.cache.rglob("*.pt"))
     train(RATES[:1])
     (path,) = train.cache.rglob("epoch-0001.pt")
-    for content, message in ((path.read_bytes()[:500], "is truncated or no checkpoint"),
-                             (saved({"x": LABELS}), "does not hold the weights of this network")):
-        path.write_bytes(content)
-        with pytest.raises(common.InputError, match=re.escape(f"{path} {message}")):
-            train(RATES[:1])
+    path.write_bytes(saved({"x": LABELS}))
+    with pytest.raises(common.InputError, match=re.escape(f"{path} does not hold the weights of")):
+        train(RATES[:1])
 
 
 # ------------------------------------------------------------------------------------- evaluation
