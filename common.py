@@ -164,10 +164,9 @@ def parse(parser, argv=None):
     refuse_useless(parser, {
         "data": (arguments.dataset != "shapes", "a --dataset that is read from files"),
         "image_size": (arguments.dataset not in FIXED_SIZES, "shapes, folder and the ImageNets"),
-        "workers": (arguments.dataset == "imagenet", "imagenet"),
-        "mean": (arguments.std, "--std"), "std": (arguments.mean, "--mean")})
-    if arguments.std and not min(arguments.std):
-        parser.error("--std: must be above 0")
+        "workers": (arguments.dataset == "imagenet", "imagenet")})
+    if bool(arguments.mean) != bool(arguments.std) or arguments.std and not min(arguments.std):
+        parser.error("--mean and --std go together, and --std must be above 0")
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
                  "cpu": True}
     if arguments.device == "auto":
@@ -179,8 +178,9 @@ def parse(parser, argv=None):
         try:
             torch.compile(torch.sin)(torch.zeros(2, device=arguments.device))
         except Exception as error:  # a compiler, Triton, this Python: torch has many words for it
-            parser.error(f"--compile: torch.compile does not work on this machine ("
-                         f"{str(error).strip().splitlines()[0]}); leave it out")
+            first, *_ = str(error).strip().splitlines() or [type(error).__name__]
+            parser.error(f"--compile: torch.compile does not work on this machine ({first}); leave "
+                         "it out")
     if arguments.precision == "bf16" and arguments.device.type == "cpu":
         slower = bf16_cost()
         if slower > 1.2:
@@ -201,7 +201,8 @@ def bf16_cost():
     from torch.utils.benchmark import Timer
     x, weight = torch.zeros(16, 32, 32, 32), torch.zeros(32, 32, 3, 3)
     fp32, bf16 = (Timer("conv2d(x, weight)", globals={
-        "conv2d": F.conv2d, "x": x.to(dtype), "weight": weight.to(dtype)}).timeit(5).median
+        "conv2d": F.conv2d, "x": x.to(dtype), "weight": weight.to(dtype)},
+        num_threads=torch.get_num_threads()).timeit(5).median
         for dtype in (torch.float32, torch.bfloat16))
     return bf16 / fp32
 
@@ -262,7 +263,7 @@ class Split:
     def augmented(self, batch_size, generator):
         """One epoch of shuffled, cropped and flipped batches; the last may be smaller.
 
-        All draws come from `generator` (CPU) before the first batch: one transfer an epoch.
+        All draws come from `generator` (CPU) before the first batch.
         """
         size, device = len(self), self.labels.device
         order = torch.randperm(size, generator=generator)
@@ -275,8 +276,9 @@ class Split:
             yield self.normalise(images), self.labels[chosen]
 
     def fingerprint(self):
-        arrays = (self.images.cpu().contiguous().numpy(), self.labels.cpu().numpy())
-        return hashlib.sha1(b"".join(array.tobytes() for array in arrays)).hexdigest()
+        digest = hashlib.sha1(self.images.cpu().contiguous().numpy())
+        digest.update(self.labels.cpu().numpy())
+        return digest.hexdigest()
 
 
 def evaluation_batch(side):
@@ -292,14 +294,14 @@ def batch_slices(size, batch_size):
     return [slice(start, stop) for start, stop in zip(starts, [*starts[1:], size])]
 
 
-def crop_and_flip(images, top, left, flip, padding=4):
-    """Pad with black, crop each image back at its own offset, mirror it where `flip`.
+def crop_and_flip(images, top, left, flip):
+    """Pad with 4 black pixels, crop each image back at its own offset, mirror it where `flip`.
 
-    images (B,3,H,W); top, left (B,) in 0..2*padding; flip (B,) bool. For the same draws exactly
+    images (B,3,H,W); top, left (B,) in 0..8; flip (B,) bool. For the same draws exactly
     torchvision's RandomCrop(H, padding=4) and horizontal flip.
     """
     height, width = images.shape[2:]
-    windows = F.pad(images, [padding] * 4).unfold(2, height, 1).unfold(3, width, 1)  # a view
+    windows = F.pad(images, [4] * 4).unfold(2, height, 1).unfold(3, width, 1)  # a view
     image = torch.arange(len(images), device=images.device)
     cropped = windows[image, :, top, left]  # (B,3,9,9,H,W) -> (B,3,H,W)
     return torch.where(flip[:, None, None, None], cropped.flip(3), cropped)
@@ -455,11 +457,11 @@ def load_data(arguments, validation=0.0):
     """The data set that the flags name, as `Data`; prints what it is.
 
     --train-fraction keeps that share of each class; then the share `validation` (at most about
-    10,000 images) is held out of it; both are drawn by --seed. (Of shapes, as many images are drawn
-    besides: all scripts train on the same, and share their teacher.) --open-set K keeps the last K
-    classes out of all parts but `unseen`, and out of the class count. A folder without a test part
-    is split 80/20 per class by the seed, and all images of its K unseen classes are `unseen`.
-    Raises InputError when files are missing, empty or damaged.
+    10,000 images) is held out of it; both are drawn by --seed. (Of shapes that share of 2,500 is
+    drawn besides: all scripts train on the same, and share their teacher.) --open-set K keeps the
+    last K classes out of all parts but `unseen`, and out of the class count. A folder without a
+    test part is split 80/20 per class by the seed, and all images of its K unseen classes are
+    `unseen`. Raises InputError when files are missing, empty or damaged.
     """
     name = arguments.dataset
     size = FIXED_SIZES.get(name) or arguments.image_size or {
@@ -561,8 +563,8 @@ def _read_cifar(folder, name):
     except Exception as error:  # urllib, sockets, checksums, pickles: each has its own
         if unpacked or archive.exists():
             raise InputError(f"the files of {name} in {folder} are damaged or incomplete ({error});"
-                             f" remove {kind.base_folder} there and get {kind.filename} again"
-                             ) from None
+                             f" remove what is there of {kind.base_folder} and {kind.filename}, and"
+                             " get it again") from None
         raise InputError(f"{name} could not be downloaded ({error}); put {kind.filename} into "
                          f"{folder}, or name its folder with --data") from None
     train, test = ((torch.from_numpy(part.data).movedim(3, 1), torch.tensor(part.targets))
@@ -579,31 +581,32 @@ def _whole(path, md5):
 
 def _read_fashionmnist(folder, anywhere):
     """(train, test, names); `anywhere`: Debian's copy will do, since no --data was named."""
-    names = {part: [f"{part}-images-idx3-ubyte.gz", f"{part}-labels-idx1-ubyte.gz"]
-             for part in ("train", "t10k")}
+    names = [[f"{part}-images-idx3-ubyte", f"{part}-labels-idx1-ubyte"]
+             for part in ("train", "t10k")]
     places = [folder, folder / "FashionMNIST/raw"]
     if anywhere:
         places.append(Path("/usr/share/datasets/fashion-mnist"))
     from torchvision import datasets
-    if not any((place / names["train"][0]).exists() for place in places):
+    if not any([*place.glob(f"{names[0][0]}*")] for place in places):
         print(f"fashionmnist: not in {folder}, downloading it there")
         try:
             datasets.FashionMNIST(folder, download=True)
         except Exception as error:  # urllib, sockets and checksums: each has its own
             raise InputError(f"fashionmnist could not be downloaded ({error}); put "
-                             f"{', '.join(sum(names.values(), []))} into {folder}, or name their "
+                             f"{'.gz, '.join(sum(names, []))}.gz into {folder}, or name their "
                              "folder with --data") from None
-    place = next(place for place in places if (place / names["train"][0]).exists())
+    place = next(place for place in places if [*place.glob(f"{names[0][0]}*")])
     parts = []
-    for images, labels in names.values():
+    for pair in names:
         try:
-            raw = [gzip.decompress((place / name).read_bytes()) for name in (images, labels)]
+            raw = [path.read_bytes() if (path := place / name).exists()
+                   else gzip.decompress((place / f"{name}.gz").read_bytes()) for name in pair]
             pixels = np.frombuffer(raw[0], np.uint8, offset=16).reshape(-1, 1, 28, 28)
             classes = np.frombuffer(raw[1], np.uint8, offset=8).astype(np.int64)
             if len(pixels) != len(classes) or classes.max() > 9:
                 raise ValueError("images and labels do not belong together")
         except Exception as error:  # gzip, zlib and numpy each have their own errors
-            raise InputError(f"{images} or {labels} in {place} is damaged or missing ({error}); "
+            raise InputError(f"{' or '.join(pair)} in {place} is damaged or missing ({error}); "
                              "get it again") from None
         parts.append((torch.from_numpy(pixels.copy()).expand(-1, 3, -1, -1),
                       torch.from_numpy(classes)))
@@ -621,7 +624,9 @@ def _list_folder(folder, name):
     Of test/ and val/ a folder's test part is test/, ImageNets' is val/: their test/ has no labels.
     """
     from PIL import Image
-    endings, left_out = set(Image.registered_extensions()), Counter()
+    endings = {ending for ending, kind in Image.registered_extensions().items()
+               if kind in Image.OPEN}
+    left_out = Counter()
 
     def entries(root):
         return sorted((entry for entry in os.scandir(root) if not entry.name.startswith(".")
@@ -728,14 +733,14 @@ def open_picture(path, upright=True):
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError) as error:
         raise InputError(f"{path} cannot be read as an image ({error}); mend it") from None
 
 
 def eight_bits(image, largest=2**16 - 1):
-    """(S,S,3) uint8 of an `open_picture`; deep grey by one factor for a set whose largest value is
+    """(H,W,3) uint8 of an `open_picture`; deep grey by one factor for a set whose largest value is
     `largest`: the least of 2^8, 2^10, 2^12, 2^14, 2^16 levels that holds it becomes 256."""
-    pixels = np.asarray(image)
+    pixels = np.array(image)
     if pixels.ndim == 3:
         return pixels
     levels = next(2**bits for bits in (8, 10, 12, 14, 16) if largest < 2**bits)
@@ -888,7 +893,7 @@ def build_model(name, classes, image_size=32, seed=0):
 
     resnet18/34/50 and mobilenet_v2 are torchvision's; for images of up to 64 pixels the ResNets
     take the usual small-image stem (3x3, stride 1, no pooling). All others are the networks of the
-    CIFAR distillation literature. InputError for an unknown name or images that are too small.
+    CIFAR distillation literature. InputError for an unknown name.
     """
     if name not in MODELS and _resnet_plan(name) is None:
         raise InputError(_unknown_network(name))
@@ -898,14 +903,6 @@ def build_model(name, classes, image_size=32, seed=0):
         for module in network.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-    try:
-        with evaluating(network):
-            network(torch.zeros(1, 3, image_size, image_size))
-    except RuntimeError as error:
-        if "too small" not in str(error):
-            raise
-        raise InputError(f"{name} cannot take images of {image_size}x{image_size}; choose another "
-                         "network or --image-size") from None
     return network
 
 
@@ -1025,16 +1022,16 @@ def load_weights(network, path):
     found, wanted = ({name: value for name, value in part.items()
                       if not name.endswith(("num_batches_tracked", "n_averaged"))}
                      for part in (state, own))
-    if found.keys() != wanted.keys() and len(found) == len(wanted):
-        state = found = dict(zip(wanted, found.values()))
-    theirs, ours = ([f"{name} {tuple(value.shape)}" for name, value in part.items()]
+    theirs, ours = ({name: tuple(value.shape) for name, value in part.items()}
                     for part in (found, wanted))
-    if {*theirs} != {*ours}:
-        odd = [[one for one in part if one not in other][:2] or part[:2]
+    if theirs.keys() != ours.keys() and [*theirs.values()] == [*ours.values()]:
+        state, theirs = dict(zip(ours, found.values())), ours
+    if theirs != ours:
+        odd = [[f"{name} {shape}" for name, shape in part.items() if other.get(name) != shape][:2]
                for part, other in ((theirs, ours), (ours, theirs))]
         raise InputError(f"{path} does not hold the weights of this network: it has {len(theirs)} "
-                         f"tensors, such as {', '.join(odd[0]) or 'none'}; expected are "
-                         f"{len(ours)}, such as {', '.join(odd[1])}")
+                         f"tensors, such as {', '.join(odd[0] or [*theirs][:2]) or 'none'}; "
+                         f"expected are {len(ours)}, such as {', '.join(odd[1] or [*ours][:2])}")
     network.load_state_dict({**own, **{name: state[name] for name in own if name in state}})
     return network
 
@@ -1196,11 +1193,11 @@ FORMATS = {"lr": ".5f", "train": ".2f", "test": ".2f", "teacher": ".2f", "teache
 def save_file(value, path):
     """Write text or a checkpoint atomically: a kill leaves the old file or the new one, whole."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    buffer = io.BytesIO(value.encode() if isinstance(value, str) else b"")
+    if not isinstance(value, str):
+        torch.save(value, buffer)  # of a full disk torch itself would say nothing one can read
     with open(partial, "wb") as file:
-        if isinstance(value, str):
-            file.write(value.encode())
-        else:
-            torch.save(value, file)
+        file.write(buffer.getbuffer())
     os.replace(partial, path)
 
 
@@ -1226,7 +1223,7 @@ class Mean:
 
     def __init__(self, network="the networks"):  # as an error names them
         self.network = network
-        self.sums, self.images, self.batches, self.correct, self.classified = {}, 0, 0, None, 0
+        self.sums, self.images, self.batches, self.correct, self.classified = {}, 0, 0, 0, 0
         self.start = self.shown = time.time()
 
     def add(self, terms, logits, labels):
@@ -1243,7 +1240,7 @@ class Mean:
                 total, count = total + value * B, count + B
             self.sums[name] = total, count
         if logits is not None:
-            self.correct = (self.correct or 0) + (logits.detach().argmax(1) == labels).sum()
+            self.correct = self.correct + (logits.detach().argmax(1) == labels).sum()
             self.classified += B
         self.images, self.batches = self.images + B, self.batches + 1
         live = sys.stdout.isatty() and time.time() - self.shown > 1
@@ -1266,7 +1263,7 @@ class Mean:
     def row(self):
         """The terms, "train" accuracy in %, and the seconds ("s") since this Mean was made."""
         row = self.terms()
-        if self.correct is not None:
+        if self.classified:
             row["train"] = 100 * self.correct.item() / self.classified
         seconds = time.time() - self.start
         return {**row, "img/s": self.images / max(seconds, 1e-9), "s": seconds}
@@ -1302,14 +1299,13 @@ class Record:
         except (FileExistsError, NotADirectoryError, PermissionError) as error:
             raise InputError(f"{flag} {folder} cannot be written ({error.strerror}); choose "
                              "another folder") from None
-        for partial in self.folder.glob("*.partial"):  # what a kill left half written
-            partial.unlink()
-        self.start, left = time.time(), next((path for path in (finished, checkpoint) if
-                                              path.exists()), None)
+        for partial in self.folder.glob("*.[0-9]*.partial") if ours else ():
+            partial.unlink()  # what a kill left half written
+        left = next((path for path in (finished, checkpoint) if path.exists()), None)
         foreign = [path.name for pattern in ("*.pt", "*.csv") for path in self.folder.glob(pattern)]
         if left is None and foreign and not ours:
-            raise InputError(f"--out {folder} holds {foreign[0]}, but no run of this project; "
-                             "choose another --out")
+            raise InputError(f"{flag} {folder} holds {foreign[0]}, but no run of this project; "
+                             f"choose another {flag}")
         if left is None:
             return
         try:
@@ -1335,7 +1331,7 @@ class Record:
                              "choose another --out")
         if self.saved:
             print(f"{folder}: goes on after epoch {len(self.rows)}")
-        write_csv(self.rows, self.folder / "log.csv")  # again: somebody may have edited it
+        save_file(csv_text(self.rows), self.folder / "log.csv")  # again, as it was
 
     def discard(self, why):
         """Forget what a folder of the cache holds: `why`, a file, is damaged or missing."""
@@ -1377,9 +1373,11 @@ class Record:
             print("  " + " ".join(f"{name:>9}" for name in cells))
         print("  " + " ".join(f"{cell:>{max(9, len(name))}}" for name, cell in cells.items())
               + "\033[K" * sys.stdout.isatty(), flush=True)
-        write_csv(self.rows, self.folder / "log.csv")
+        save_file(csv_text(self.rows), self.folder / "log.csv")
         if lines:
-            self.size = write_csv(lines, self.folder / "steps.csv", "a")
+            with open(self.folder / "steps.csv", "a", newline="") as file:
+                file.write(csv_text(lines, header=file.tell() == 0))
+                self.size = file.tell()
         state = {name: getattr(part, "get_state", None) or part.state_dict
                  for name, part in self.parts.items()}
         save_file({"settings": self.settings, "rows": self.rows, "state": self.state,
@@ -1415,7 +1413,7 @@ def lock(path, wait=False):
         return file
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except (BlockingIOError, PermissionError):
         if not wait:
             raise InputError(f"--out {path.parent} is being written by another process; choose "
                              "another --out") from None
@@ -1424,18 +1422,14 @@ def lock(path, wait=False):
     return file
 
 
-def write_csv(rows, path, mode="w"):
-    """Write or append ("a") dicts as lines of a table; returns the size of the file in bytes."""
-    partial = path if mode == "a" else path.with_suffix(".partial")
-    with open(partial, mode, newline="") as file:
-        names = dict.fromkeys(name for row in rows for name in row)
-        writer = csv.DictWriter(file, list(names))
-        if file.tell() == 0:
-            writer.writeheader()
-        writer.writerows(rows)
-        size = file.tell()
-    os.replace(partial, path)
-    return size
+def csv_text(rows, header=True):
+    """Dicts as the lines of a table, a value that a row lacks as ""."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)))
+    if header:
+        writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def environment():

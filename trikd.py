@@ -38,7 +38,8 @@ Equations, all READING; sg detaches; sums over classes, means over the batch; CE
     (4)  a step minimises L_T over T's parameters and L_S over S's; A never moves
     (5)  dL_T/dz^T = lambda_T (p^T - e_y) + tau [pi_T (p^T_tau - p^S_tau) + zeta_T (p^T_tau -
          p^A_tau)], for each sample; S alike
-    (6)  tau = 1: the three terms are W times the cross-entropy to one mixture, W: sum of weights
+    (6)  tau = 1: L_S is, up to a constant, W times the cross-entropy to the mixture (lambda e_y +
+         pi p^T + zeta p^A) / W, W = lambda + pi + zeta; L_T alike
     (7)  fixed point, tau = 1, one sample, unlimited capacity: p^M = l_M e_y + (1 - l_M) p^A, with
          l_T = [lambda_T (lambda_S + pi_S + zeta_S) + pi_T lambda_S] / D, l_S with T and S swapped,
          D = (lambda_T + pi_T + zeta_T) (lambda_S + pi_S + zeta_S) - pi_T pi_S
@@ -65,9 +66,9 @@ claims of the abstract at toy size.
 
     python trikd.py                       embedded shapes; 2 CPU cores: about a minute
     python trikd.py --compare             with its controls; 2 CPU cores: 3 to 4 minutes
-    python trikd.py --peer none --anchor-weight 1    equal compute: born-again, the anchor teaches
-    python trikd.py --anchor-weight 0 --generations 1 --epochs 36    equal compute (shapes): mutual
-                                          learning; its first row is the student alone, as long
+    python trikd.py --peer none --anchor-weight 1    equal student epochs: a born-again chain
+    python trikd.py --anchor-weight 0 --generations 1 --epochs 36    equal student epochs (shapes):
+                                          mutual learning, and the student alone, as long
     python trikd.py --open-set 5          recognition of classes never trained on
     python trikd.py --dataset cifar100    paper-scale setting (READING), 240 epochs: not yet run
 """
@@ -85,14 +86,14 @@ import torch
 import torch.nn.functional as F
 
 RECIPE = {"learning_rate": 0.05, "momentum": 0.9, "weight_decay": 5e-4, "batch_size": 64}
-NO_ANCHOR = {"anchor_weight": [0.0], "generations": 1}
+NO_ANCHOR = {"anchor_weight": [0.0], "generations": 1, "peer": "online"}
 CONTROLS = {  # --compare: name -> (the flags it changes, perhaps by the runs before it; why)
-    "kd": ({"peer": "finished", **NO_ANCHOR}, "eq. (3) with a finished teacher, no anchor"),
+    "kd": ({**NO_ANCHOR, "peer": "finished"}, "eq. (3) with a finished teacher, no anchor"),
     "mutual learning": (NO_ANCHOR, "one generation without the anchor"),
     "born-again": ({"peer": "none", "anchor_on": "both", "anchor_weight": [1.0]},
-                   "equal compute: as many generations, the anchor alone teaches"),
+                   "equal student epochs: as many generations, the anchor alone teaches"),
     "mutual learning, long": (lambda runs: {**NO_ANCHOR, "epochs": chain_epochs(runs)},
-                              "equal compute: as many student epochs in one generation"),
+                              "equal student epochs: all of them in one generation"),
 }
 
 
@@ -412,7 +413,7 @@ def parse_args(argv=None):
 def main():
     arguments, tables = parse_args(), []
     controls = dict(CONTROLS)
-    if not weights_of("student", arguments).peer:
+    if not arguments.peer_weight[-1]:
         del controls["kd"]  # its student would learn from nobody
     for of_seed in each_seed(arguments):
         data = load_data(of_seed)

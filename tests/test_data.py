@@ -337,7 +337,7 @@ DAMAGE = {
     "drop an image": lambda path: write_fashion(path, "train", pixels(9, 28, 28), range(10)),
 }
 ARCHIVE, BATCH = "cifar-10-python.tar.gz", "cifar-10-batches-py/data_batch_3"
-IMAGES, LABELS = "train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"
+IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
 INCOMPLETE = "cifar10 in DIR are damaged or incomplete ("
 
 
@@ -351,10 +351,10 @@ INCOMPLETE = "cifar10 in DIR are damaged or incomplete ("
     ("parts", "remove", "test", "tinyimagenet", "neither test/ nor val/"),
     ("unpacked", "make a program", BATCH, "cifar10", INCOMPLETE),
     ("unpacked", "make a program", "*/batches.meta", "cifar10", INCOMPLETE),
-    ("unpacked", "remove", BATCH, "cifar10", f"cifar-10-batches-py there and get {ARCHIVE} again"),
+    ("unpacked", "remove", BATCH, "cifar10", f"of cifar-10-batches-py and {ARCHIVE}, and"),
     ("packed", "halve", ARCHIVE, "cifar10", f"{INCOMPLETE}the md5 of {ARCHIVE}"),
     ("packed", "remove", ARCHIVE, "cifar10", f"not known); put {ARCHIVE} into DIR, or name its"),
-    ("fashion", "halve", LABELS, "fashionmnist", f"{IMAGES} or {LABELS} in DIR is damaged"),
+    ("fashion", "halve", f"{LABELS}.gz", "fashionmnist", f"{IMAGES} or {LABELS} in DIR is damaged"),
     ("fashion", "drop an image", "", "fashionmnist", "images and labels do not belong together")])
 def test_what_the_user_can_mend_is_an_input_error(tmp_path, monkeypatch, kind, damage, path, name,
                                                   message):

@@ -110,9 +110,8 @@ def test_a_record_keeps_every_row_and_headlines_the_last_epoch(tmp_path, capsys,
     assert "0.00050" in lines[1]
 
 
-@pytest.mark.parametrize("name, call", [("write_csv", 3), ("write_csv", 4), ("save_file", 2)])
-def test_a_stop_while_an_epoch_is_closed_loses_no_row_and_no_draw(name, call, tmp_path,
-                                                                         capsys):
+@pytest.mark.parametrize("name, call", [("csv_text", 3), ("csv_text", 4), ("save_file", 4)])
+def test_a_stop_while_an_epoch_is_closed_loses_no_row_and_no_draw(name, call, tmp_path, capsys):
     with pytest.MonkeyPatch.context() as patch:
         stopped(patch, common, name, call)
         with pytest.raises(KeyboardInterrupt):
