@@ -99,7 +99,7 @@ def base_parser(description, defaults, online=False, networks=None):
     `parse` applies them. `online`: teachers start from scratch, there is no --teacher-weights.
     `networks`: nargs of --teacher and --student for scripts that take several.
     """
-    parser = Parser(description=description)
+    parser = Parser(description=description, allow_abbrev=False)
     parser.chosen_defaults = defaults
     positive = number(float, 0, low_allowed=False)
     add = parser.add_argument_group("data and networks").add_argument
@@ -150,8 +150,12 @@ def parse(parser, argv=None):
                     if value != parser.get_default(flag)}
     if arguments.out is None:  # a folder named after the flags typed, so that runs do not collide
         silent = {"dataset", "data", "out", "cache", "device", "resume", "workers"}
-        typed = [f"{flag}-{value}" for flag, value in parser.typed.items() if flag not in silent]
-        name = "-".join([Path(parser.prog).stem, arguments.dataset, *typed])
+        words = [Path(parser.prog).stem, arguments.dataset]
+        for flag, value in parser.typed.items():
+            if flag not in silent:
+                values = value if isinstance(value, list) else [value] * (value is not True)
+                words += [flag, *map(str, values)]
+        name = "-".join(words)
         arguments.out = Path("runs") / re.sub(r"[^\w.]+", "-", name).strip("-")[:150]
     defaults = parser.chosen_defaults
     for flag, value in (defaults(arguments) if callable(defaults)
@@ -1323,7 +1327,9 @@ class Record:
                                  "another --out") from None
             self.discard(left)
             return
-        if odd:
+        if odd == ["source"]:
+            print(f"{folder}: the code has changed since this run began")
+        elif odd:
             raise InputError(f"--out {folder} is of another run: {odd[0]} was "
                              f"{theirs.get(odd[0])}, now {self.settings[odd[0]]}; choose another")
         if not resume:
@@ -1573,6 +1579,8 @@ def describe(arguments):
     skip = {"out", "resume", "cache", "compare", "data", "workers"}
     found = {key: value if isinstance(value, (int, float, str, type(None))) else str(value)
              for key, value in sorted(vars(arguments).items()) if key not in skip}
+    code = [path.read_bytes() for path in map(Path, (sys.argv[0], __file__)) if path.is_file()]
+    found["source"] = hashlib.sha1(b"".join(code)).hexdigest()
     if found.get("teacher_weights"):
         found["teacher_weights"] = [hashlib.sha1(content(path)).hexdigest()
                                     for path in arguments.teacher_weights]

@@ -380,7 +380,8 @@ def parse_args(argv=None):
     positive, weight = number(float, 0, low_allowed=False), number(float, 0)
     add = parser.add_argument_group("TriKD").add_argument
     add("--generations", type=number(int, 1), default=2, metavar="G",
-        help="rounds, each with the last student as anchor (default: 2)")
+        help="rounds of --epochs (over --train-fraction), each with the last student as anchor "
+             "(default: 2)")
     for name, symbol, value in (("label", "lambda", 1), ("peer", "pi", 1), ("anchor", "zeta", 0.1)):
         add(f"--{name}-weight", type=weight, nargs="+", default=[value], metavar="W",
             help=f"{symbol} of eqs. (2), (3): one value, or the teacher's and the student's "

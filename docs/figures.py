@@ -1,4 +1,6 @@
-"""Pictures of a finished run, from its record alone: needs matplotlib (pip install matplotlib).
+"""Pictures of a finished run: needs matplotlib (pip install matplotlib).
+
+From its record; those of trikd, letkd and tst also need its data and cache.
 
     python docs/figures.py RUN_FOLDER          all pictures of the run, into its folder
     python docs/figures.py RUN_FOLDER FILE     one of them, named like FILE, into FILE
@@ -348,6 +350,9 @@ def main(folder, file=None):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) not in (2, 3) or not (Path(sys.argv[1]) / "result.json").exists():
+    if len(sys.argv) not in (2, 3):
         sys.exit(__doc__)
+    if not (Path(sys.argv[1]) / "result.json").exists():
+        sys.exit(f"figures.py: error: {sys.argv[1]} holds no finished run (result.json); a run of "
+                 "several seeds has one in each seed-S")
     main(*sys.argv[1:])
