@@ -11,6 +11,21 @@ torch: equal bits on the CPU; a GPU may differ in the last ones. The blocks of t
 
 from __future__ import annotations
 
+import sys
+
+
+def on_error(kind, error, trace):
+    """Ctrl-C ends as one line, also while torch is imported: the scripts import this file first."""
+    if kind is KeyboardInterrupt:
+        script = sys.argv[0].rpartition("/")[2]
+        print(f"\n{script}: stopped; the same command with --resume goes on after the last finished "
+              "epoch", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = on_error
+
 import argparse
 import copy
 import csv
@@ -24,7 +39,6 @@ import platform
 import re
 import shlex
 import subprocess
-import sys
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -32,22 +46,10 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-
-def on_error(kind, error, trace):
-    """Ctrl-C ends as one line, also while torch is imported: the scripts import this file first."""
-    if kind is KeyboardInterrupt:
-        print(f"\n{Path(sys.argv[0]).name}: stopped; the same command with --resume goes on after "
-              "the last finished epoch", file=sys.stderr)
-    else:
-        sys.__excepthook__(kind, error, trace)
-
-
-sys.excepthook = on_error
-
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from torch import nn  # noqa: E402
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
 
 SHAPES = {  # one recipe on the embedded set for all scripts, so that their tables can be compared
     "teacher": "resnet14", "student": "resnet8x0.5", "epochs": 12, "batch_size": 64,
@@ -66,7 +68,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
 
 
-def number(kind, low, high=math.inf, low_allowed=True):
+def number(kind, low, high=1e100, low_allowed=True):
     """An argparse type: int or float within [low, high]; (low, high] if not `low_allowed`."""
     high = min(high, 10**9) if kind is int else high
 
@@ -76,9 +78,8 @@ def number(kind, low, high=math.inf, low_allowed=True):
         except ValueError:
             word = "a whole number" if kind is int else "a number"
             raise argparse.ArgumentTypeError(f"{text!r} is not {word}") from None
-        inside = low <= value <= high and (low_allowed or value > low) and math.isfinite(value)
-        if not inside:
-            top = f" and at most {high}" if high < math.inf else ""
+        if not low <= value <= high or value == low and not low_allowed:
+            top = f" and at most {high}" if high < 1e100 else ""
             start = "at least" if low_allowed else "above"
             raise argparse.ArgumentTypeError(f"{text} must be {start} {low}{top}")
         return value
@@ -111,7 +112,7 @@ def base_parser(description, defaults, online=False, networks=None):
     for name, value in (("mean", "mean"), ("std", "standard deviation")):
         add(f"--{name}", type=number(float, 0, 1), nargs=3, metavar=("R", "G", "B"),
             help=f"{value} of the pixels in [0,1] that normalises them (default: by the data set)")
-    add("--train-fraction", type=number(float, 0, 1, False), metavar="F", default=1.0,
+    add("--train-fraction", type=number(float, 1e-6, 1), metavar="F", default=1.0,
         help="share of every class's training images to use (default: 1)")
     add("--open-set", type=number(int, 0), default=0, metavar="K",
         help="keep the last K classes out of training, test recognition on them (default: 0)")
@@ -169,8 +170,8 @@ def parse(parser, argv=None):
         "data": (arguments.dataset != "shapes", "a --dataset that is read from files"),
         "image_size": (arguments.dataset not in FIXED_SIZES, "shapes, folder and the ImageNets"),
         "workers": (arguments.dataset == "imagenet", "imagenet")})
-    if bool(arguments.mean) != bool(arguments.std) or arguments.std and not min(arguments.std):
-        parser.error("--mean and --std go together, and --std must be above 0")
+    if bool(arguments.mean) != bool(arguments.std) or min(arguments.std or [1]) < 1e-3:
+        parser.error("--mean and --std go together, and --std must be at least 0.001")
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
                  "cpu": True}
     if arguments.device == "auto":
@@ -213,6 +214,8 @@ def bf16_cost():
 
 def run_script(main):
     """Call `main()`. Bad input ends as one line and exit code 2, a fault of the machine as 1."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # closed by the shell: >&-
+    sys.stderr = sys.stderr or open(os.devnull, "w")
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal without ± shows "?"
     try:
@@ -367,10 +370,10 @@ class StreamedSplit:
         return self.batches(batch_size, order, seeds[order])
 
     def fingerprint(self):
-        """By names and sizes: to read every file would take as long as an epoch."""
-        files = (os.fsdecode(path) for path in self.paths)
-        names = [f"{'/'.join(path.split(os.sep)[-2:])} {os.path.getsize(path)}" for path in files]
-        return hashlib.sha1("\n".join(names).encode()).hexdigest()
+        """By label, name and size: to read every file would take as long as an epoch."""
+        files = [b"%d %s %d" % (label, os.path.basename(path), os.path.getsize(path))
+                 for label, path in zip(self.labels.tolist(), self.paths)]
+        return hashlib.sha1(b"\n".join(files)).hexdigest()
 
 
 @dataclass
@@ -385,6 +388,7 @@ class Data:
     image_size: int
     mean: tuple
     std: tuple
+    largest: int = 2**16 - 1  # value of its deep grey pictures, see `eight_bits`
 
     @property
     def classes(self):
@@ -392,8 +396,10 @@ class Data:
 
     def facts(self):
         """What settings and result.json say of the data: all that a loaded student needs."""
+        parts = (self.train, self.validation, self.test, self.unseen)
         return {"classes": self.names, "image_size": self.image_size, "mean": self.mean,
-                "std": self.std, "fingerprint": self.train.fingerprint()}
+                "std": self.std, "largest": self.largest,
+                "fingerprint": [part.fingerprint() for part in parts if part]}
 
 
 def make_shapes(count, image_size=16, seed=0):
@@ -471,8 +477,9 @@ def load_data(arguments, validation=0.0):
     size = FIXED_SIZES.get(name) or arguments.image_size or {
         "shapes": 16, "tinyimagenet": 64, "imagenet": 224}.get(name, 32)
     names, parts = _split(arguments, validation, size)
+    largest = Data.largest
     if name in ("folder", "tinyimagenet"):
-        parts = _decode(parts, size)
+        parts, largest = _decode(parts, size)
     if arguments.mean:
         mean, std = torch.tensor(arguments.mean), torch.tensor(arguments.std)
     elif name in CHANNEL_STATISTICS:
@@ -498,7 +505,7 @@ def load_data(arguments, validation=0.0):
           f"{len(names)} classes ({names[0]} to {names[-1]}); seed {arguments.seed}, "
           f"{arguments.device}")
     return Data(name, train, held, test, unseen if arguments.open_set else None, names, size,
-                tuple(mean.tolist()), tuple(std.tolist()))
+                tuple(mean.tolist()), tuple(std.tolist()), largest)
 
 
 def _split(arguments, validation, size):
@@ -618,7 +625,7 @@ def _read_fashionmnist(folder, anywhere):
 
 
 LAYOUT = "the layout is DIR/train/CLASS/* with DIR/test/CLASS/* or DIR/val/CLASS/*, or DIR/CLASS/*"
-NO_CLASSES = {"train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval"}
+PARTS = ({"train", "training"}, {"test", "testing", "val", "valid", "validation", "dev", "eval"})
 
 
 def _list_folder(folder, name):
@@ -664,14 +671,19 @@ def _list_folder(folder, name):
             paths, labels = paths + files, labels + [label] * len(files)
         return names, (paths, torch.tensor(labels))
 
+    def parts(names):
+        """Whether they name a part to train on and one to test on, like trainA and testA."""
+        words = re.findall("[a-z]+", re.sub("([a-z])([A-Z])", r"\1 \2", " ".join(names)).lower())
+        return all(part & {*words} for part in PARTS)
+
     if not folder.is_dir():
         raise InputError(f"--data {folder}: no such folder; {LAYOUT}")
     if not (folder / "train").is_dir():
         inner = {entry.name: entries(entry.path) for entry in entries(folder) if entry.is_dir()}
-        alike = [{entry.name for entry in inside} for inside in inner.values()
-                 if all(entry.is_dir() for entry in inside)]
-        if len(NO_CLASSES & {name.lower() for name in inner}) > 1 or (
-                len(alike) == len(inner) > 1 < len(alike[0]) and alike == alike[:1] * len(alike)):
+        below = [sorted(entry.name for entry in inside if entry.is_dir())
+                 for inside in inner.values()]
+        alike = all(inside and inside == below[0] for inside in below) and below and below[0][1:]
+        if alike or parts(inner) or any(map(parts, below)):
             raise InputError(f"--data {folder}: {', '.join(inner)} look like parts of a data set, "
                              f"not like classes; {LAYOUT}")
         names, train = listing(folder)
@@ -700,7 +712,7 @@ def _list_folder(folder, name):
 
 def _annotated(annotations, names):
     """(paths, labels) of Tiny-ImageNet's validation images, of the classes `names` alone."""
-    lines = [line.split() for line in annotations.read_text(errors="replace").splitlines()]
+    lines = [line.split() for line in content(annotations).decode(errors="replace").splitlines()]
     short = next((number for number, line in enumerate(lines, 1) if len(line) < 2), None)
     if short:
         raise InputError(f"{annotations}, line {short} does not name a file and its class")
@@ -748,12 +760,13 @@ def eight_bits(image, largest=2**16 - 1):
     if pixels.ndim == 3:
         return pixels
     levels = next(2**bits for bits in (8, 10, 12, 14, 16) if largest < 2**bits)
-    grey = (pixels * (255 / (levels - 1))).round().astype(np.uint8)
+    grey = (pixels * (255 / (levels - 1))).round().clip(0, 255).astype(np.uint8)
     return np.repeat(grey[:, :, None], 3, 2)
 
 
 def _decode(parts, size):
-    """[(paths, labels)] -> [((N,3,size,size) uint8, labels)]; other sizes are resized, bilinear."""
+    """[(paths, labels)] -> [((N,3,size,size) uint8, labels)], largest deep grey or 0; resized,
+    bilinear, where the size differs."""
     def read(path):
         image = open_picture(path)
         largest = image.getextrema()[1] if image.mode == "I" else 0
@@ -765,7 +778,7 @@ def _decode(parts, size):
         pixels = list(pool.map(lambda one: eight_bits(one[1], largest), found))
     stacked = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)  # (N,3,S,S)
     images = stacked.split([len(paths) for paths, _ in parts])
-    return [(one, labels) for one, (_, labels) in zip(images, parts)]
+    return [(one, labels) for one, (_, labels) in zip(images, parts)], largest
 
 
 # ---------------------------------------------------------------------------------------- 3. models
@@ -1007,8 +1020,9 @@ def folded(network):
     return twin.eval().requires_grad_(False)
 
 
-WRAPPERS = ("state_dict_ema", "model_ema", "ema_state_dict", "ema", "state_dict",
+WRAPPERS = ("state_dict_ema", "model_ema", "ema_state_dict", "ema", "teacher", "state_dict",
             "model_state_dict", "model", "net", "student")  # where the field's files keep weights
+ENDINGS = {"weight", "bias", "running_mean", "running_var"}
 
 
 def load_weights(network, path):
@@ -1019,16 +1033,20 @@ def load_weights(network, path):
     """
     state, own = load_file(path), network.state_dict()
     state = state if isinstance(state, dict) else {}
-    while inner := next((state[key] for key in WRAPPERS if isinstance(state.get(key), dict)), None):
-        state = inner
+    for _ in range(4):  # wrappers in wrappers; one without tensors of its own comes last
+        inner = [state[key] for key in WRAPPERS if isinstance(state.get(key), dict)]
+        inner.sort(key=lambda one: not any(isinstance(v, torch.Tensor) for v in one.values()))
+        state = inner[0] if inner else state
     state = {re.sub(r"^((module|_orig_mod)\.)+", "", str(name)): value
              for name, value in state.items() if isinstance(value, torch.Tensor)}
-    found, wanted = ({name: value for name, value in part.items()
-                      if not name.endswith(("num_batches_tracked", "n_averaged"))}
-                     for part in (state, own))
+    found, wanted = ({name: value for name, value in part.items() if value.is_floating_point()
+                      and not name.endswith("num_batches_tracked")} for part in (state, own))
     theirs, ours = ({name: tuple(value.shape) for name, value in part.items()}
                     for part in (found, wanted))
-    if theirs.keys() != ours.keys() and [*theirs.values()] == [*ours.values()]:
+    ends = [{*pair} for pair in zip(*([name.split(".")[-1] for name in part]
+                                      for part in (theirs, ours)))]
+    if theirs.keys() != ours.keys() and [*theirs.values()] == [*ours.values()] and not any(
+            pair <= ENDINGS and len(pair) > 1 for pair in ends):
         state, theirs = dict(zip(ours, found.values())), ours
     if theirs != ours:
         odd = [[f"{name} {shape}" for name, shape in part.items() if other.get(name) != shape][:2]
@@ -1036,7 +1054,12 @@ def load_weights(network, path):
         raise InputError(f"{path} does not hold the weights of this network: it has {len(theirs)} "
                          f"tensors, such as {', '.join(odd[0] or [*theirs][:2]) or 'none'}; "
                          f"expected are {len(ours)}, such as {', '.join(odd[1] or [*ours][:2])}")
-    network.load_state_dict({**own, **{name: state[name] for name in own if name in state}})
+    try:
+        network.load_state_dict({**own, **{name: state[name] for name in own if name in state}})
+    except RuntimeError as error:  # sparse, quantised, without storage
+        raise InputError(f"{path} holds tensors that are not plain ({str(error)[:200]})") from None
+    if not all(value.isfinite().all() for value in network.state_dict().values()):
+        raise InputError(f"{path} holds weights that are not finite")
     return network
 
 
@@ -1215,10 +1238,11 @@ def load_file(path):
         if raw[8:10] == b'{"':
             advice = ("is a safetensors file; re-save it in Python: from safetensors.torch import "
                       f"load_file; torch.save(load_file('{path}'), 'plain.pt')")
-        elif "nsupported" in str(error) or "TorchScript" in str(error):  # pickled code
+        elif re.search("nsupported (global|class)|TorchScript", str(error)):  # pickled code
             advice = ("holds more than tensors; if you trust it, re-save it in Python: "
-                      f"d = torch.load('{path}', weights_only=False); torch.save(d['model'] if "
-                      "isinstance(d, dict) else d.state_dict(), 'plain.pt')")
+                      f"d = torch.load('{path}', weights_only=False); d = next((d[k] for k in "
+                      "('model', 'state_dict', 'net') if isinstance(d, dict) and k in d), d); "
+                      "torch.save(d if isinstance(d, dict) else d.state_dict(), 'plain.pt')")
         raise InputError(f"{path} {advice}") from None
 
 
@@ -1297,6 +1321,11 @@ class Record:
         self.parts, self.saved, self.state, self.rows, self.result = {}, {}, {}, [], None
         finished, checkpoint = self.folder / "result.json", self.folder / "checkpoint.pt"
         ours, flag = (self.folder / ".lock").exists(), "--cache" if wait else "--out"
+        left = next((path for path in (finished, checkpoint) if path.exists()), None)
+        foreign = [path.name for pattern in ("*.pt", "*.csv") for path in self.folder.glob(pattern)]
+        if left is None and foreign and not ours:
+            raise InputError(f"{flag} {folder} holds {foreign[0]}, but no run of this project; "
+                             f"choose another {flag}")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.lock = lock(self.folder / ".lock", wait)
@@ -1306,21 +1335,20 @@ class Record:
         for partial in self.folder.glob("*.[0-9]*.partial") if ours else ():
             partial.unlink()  # what a kill left half written
         left = next((path for path in (finished, checkpoint) if path.exists()), None)
-        foreign = [path.name for pattern in ("*.pt", "*.csv") for path in self.folder.glob(pattern)]
-        if left is None and foreign and not ours:
-            raise InputError(f"{flag} {folder} holds {foreign[0]}, but no run of this project; "
-                             f"choose another {flag}")
         if left is None:
             return
         try:
             if left == finished:
-                self.result = json.loads(finished.read_text())
+                self.result = json.loads(content(finished))
                 theirs, self.rows = self.result["arguments"], self.result["rows"]
+                lost = [name for name in self.result["weights"]
+                        if not sound(self.folder / f"{name}.pt")]
             else:
                 self.saved = load_file(checkpoint)
                 theirs, self.rows, self.state = (
                     self.saved[name] for name in ("settings", "rows", "state"))
             odd = [key for key in self.settings if theirs.get(key) != self.settings[key]]
+            written = csv_text(self.rows)
         except (InputError, ValueError, LookupError, TypeError, AttributeError) as error:
             if not wait:
                 raise InputError(f"{left} is damaged or of another project ({error}); choose "
@@ -1337,7 +1365,10 @@ class Record:
                              "choose another --out")
         if self.saved:
             print(f"{folder}: goes on after epoch {len(self.rows)}")
-        save_file(csv_text(self.rows), self.folder / "log.csv")  # again, as it was
+        elif lost:
+            raise InputError(f"{folder}: {lost[0]}.pt is missing or damaged; choose another --out")
+        if not wait:  # again, as it was; a cache may be read-only
+            save_file(written, self.folder / "log.csv")
 
     def discard(self, why):
         """Forget what a folder of the cache holds: `why`, a file, is damaged or missing."""
@@ -1393,13 +1424,16 @@ class Record:
     def finish(self, weights, **found):
         """Write NAME.pt, plain CPU tensors, for each state dict in `weights`, and result.json."""
         for name, state in weights.items():
+            if not all(value.isfinite().all() for value in state.values()):
+                raise InputError(f"the weights of {name} are not finite; lower --learning-rate, "
+                                 "and choose another --out")
             save_file({key: value.detach().cpu() for key, value in state.items()},
                       self.folder / f"{name}.pt")
         tests = [row["test"] for row in self.rows if row.get("test") is not None]
         self.result = {
             "arguments": self.settings, **environment(), "last_test": tests[-1],
             "best_test": max(tests), "seconds": sum(row["s"] for row in self.rows), **found,
-            "rows": self.rows}
+            "weights": [*weights], "rows": self.rows}
         save_file(json.dumps(self.result, indent=1), self.folder / "result.json")
         (self.folder / "checkpoint.pt").unlink(missing_ok=True)
 
@@ -1412,6 +1446,8 @@ class Record:
 
 def lock(path, wait=False):
     """Lock `path` while the returned file is open; InputError where another process holds it."""
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path} is no file")
     file = open(path, "w")
     try:
         import fcntl

@@ -502,9 +502,10 @@ def prepare(teacher, data, arguments):
     weights = hashlib.sha1(b"".join(value.cpu().contiguous().numpy().tobytes()
                                     for value in teacher.state_dict().values())).hexdigest()
     sources = [Path(__file__).with_name(name).read_bytes() for name in ("letkd.py", "common.py")]
-    settings = [weights, sources, data.train.fingerprint(), data.classes, sides, arguments.seed,
-                arguments.rows, arguments.words, arguments.per_class, arguments.dimensions,
-                arguments.precision, arguments.device.type, torch.__version__]
+    settings = [weights, sources, data.train.fingerprint(), data.mean, data.std, data.classes,
+                sides, arguments.seed, arguments.rows, arguments.words, arguments.per_class,
+                arguments.dimensions, arguments.precision, arguments.device.type,
+                torch.__version__]
     key = hashlib.sha1(repr(settings).encode()).hexdigest()[:12]
     path = arguments.cache / f"{data.name}-{arguments.teacher}-targets-{key}.pt"
     if not sound(path):
@@ -730,13 +731,13 @@ def parse_args(argv=None):
         parser.error("--alpha 0 --supervision none: nothing is left but the student alone")
     every = arguments.compare is not None
     layered, taught = every or arguments.supervision != "logits", arguments.supervision != "none"
-    decided = every or layered and arguments.layers == 2
     fitted, owner = every or arguments.supervision == "teacher", "--supervision teacher"
     refuse_useless(parser, {
         "alpha": (arguments.supervision != "logits", "the layers, which a plain student lacks"),
         "layers": (arguments.supervision != "logits", "the layers, which a plain student lacks"),
         "words": (layered, "the layers, which a plain student lacks"),
-        "per_class": (decided, "--layers 2"), "dimensions": (decided and fitted, "--layers 2"),
+        "per_class": (layered, "the layers, which a plain student lacks"),
+        "dimensions": (fitted, owner),
         "rows": (fitted, owner), "teacher_weights": (every or taught, owner)})
     return arguments
 

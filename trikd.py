@@ -398,11 +398,13 @@ def parse_args(argv=None):
     arguments = parse(parser, argv)
     # with --train-fraction a generation has more epochs, so that it has as many updates
     arguments.epochs = max(1, round(arguments.epochs / arguments.train_fraction))
-    refuse_useless(parser, {"peer_weight": (arguments.compare or arguments.peer != "none",
-                                            "--peer online and finished")})
+    online = arguments.peer == "online"
+    refuse_useless(parser, {
+        "peer_weight": (arguments.compare or arguments.peer != "none", "--peer online, finished"),
+        "anchor_on": (online and any(arguments.anchor_weight), "an anchor with an online peer")})
     for name in Weights._fields:
-        if len(getattr(arguments, f"{name}_weight")) > 2:
-            parser.error(f"--{name}-weight: one value, or two: the teacher's, the student's")
+        if len(getattr(arguments, f"{name}_weight")) > (2 if online or arguments.compare else 1):
+            parser.error(f"--{name}-weight: one value, or two: the online teacher's, the student's")
     for role in ("student", "teacher") if arguments.peer == "online" else ("student",):
         if not sum(weights_of(role, arguments)):
             parser.error(f"all weights of the {role} are 0: it has nothing to learn")

@@ -30,7 +30,12 @@ DEEP = np.arange(256, dtype=np.uint16).reshape(16, 16)  # grey
     ("switokd", "--workers 2", "--workers has no effect here: it belongs to imagenet"),
     ("letkd", "--mean 0.5 0.5 0.5", "--mean and --std go together"),
     ("letkd", "--std 0.5 0.5 0.5", "--mean and --std go together"),
-    ("trikd", "--mean 0 0 0 --std 1 0 1", "--std must be above 0"),
+    ("trikd", "--mean 0 0 0 --std 1 0 1", "--std must be at least 0.001"),
+    ("trikd", "--train-fraction 1e-9", "must be at least 1e-06"),
+    ("trikd", "--peer none --anchor-on teacher", "--anchor-on has no effect here"),
+    ("trikd", "--peer finished --label-weight 3 1", "--label-weight: one value"),
+    ("letkd", "--supervision none --rows 9", "--rows has no effect here"),
+    ("switokd", "--weight 2", "unrecognized arguments: --weight 2"),
     ("trikd", "--mean 0 0 2 --std 1 1 1", "2 must be at least 0 and at most 1"),
     ("rco", "--out ", "--out: expected one argument"),
     ("rco", "--seed 99999999999999999999", "at most 1000000000"),
@@ -86,6 +91,9 @@ FORMS = {  # what people have: a function of the plain state dict
     "both, turned": lambda s: {"model": renamed(s, lambda key: "_orig_mod.module." + key)},
     "timm's EMA": lambda s: {"state_dict": renamed(s, lambda key: key + "x"), "state_dict_ema": s},
     "another EMA": lambda s: {"model": {k: 0 * v for k, v in s.items()}, "model_ema": s},
+    "teacher and student": lambda s: {"student": renamed(s, str.upper), "teacher": s},
+    "an average without tensors": lambda s: {"ema": {"decay": 0.9}, "model": s},
+    "wrapped twice": lambda s: {"state_dict": {"model": s}},
     "averaged": lambda s: {"n_averaged": torch.tensor(3), **renamed(s, "module.{}".format)},
     "half": lambda s: {key: value.half() for key, value in s.items()},
     "before num_batches_tracked": lambda s: without(s, "num_batches"),
@@ -125,6 +133,18 @@ class Pickled(nn.Linear):
     """A module that somebody pickled whole."""
 
 
+def endless():
+    state = {}
+    state["model"] = state
+    return state
+
+
+def swapped(key):
+    """Other names, in which the mean of a batch norm stands where its bias should."""
+    name = {"bias": "running_mean", "running_mean": "bias"}.get(key.split(".")[-1])
+    return f"x.{key.rpartition('.')[0]}.{name}" if name else f"x.{key}"
+
+
 def write(path, value):
     if isinstance(value, bytes):
         path.write_bytes(value)
@@ -139,7 +159,11 @@ def write(path, value):
     (lambda s: b"", "is damaged, or no file of torch.save"),
     (lambda s: b"PK\3\4 and no more", "is damaged, or no file of torch.save"),
     (lambda s: [1, 2], "it has 0 tensors, such as none"),
-    (lambda s: {"epoch": 3}, "it has 0 tensors"),
+    (lambda s: {"epoch": 3}, "it has 0 tensors"), (lambda s: endless(), "it has 0 tensors"),
+    (lambda s: b"<html>not found</html>", "is damaged, or no file of torch.save"),
+    (lambda s: {k: v.to(torch.int8) for k, v in s.items()}, "it has 0 tensors"),
+    (lambda s: {k: v * float("nan") for k, v in s.items()}, "weights that are not finite"),
+    (lambda s: renamed(s, swapped), "does not hold the weights"),
     (lambda s: without(s, "head"), "expected are 47, such as head.weight (20, 64)"),
     (lambda s: common.build_model("resnet8", 10).state_dict(), "such as head.weight (10, 64)"),
     (lambda s: common.build_model("resnet14", 20).state_dict(), "it has 77 tensors"),
@@ -152,6 +176,17 @@ def test_a_file_that_is_no_teacher_is_refused_and_kept(content, says, teacher, t
         common.load_weights(common.build_model("resnet8", 20, 16), tmp_path / "t.pt")
     assert says in str(error.value) and "remove" not in str(error.value)
     assert (tmp_path / "t.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("content", [
+    lambda s: {"net": s, "acc": np.float64(3)}, lambda s: common.build_model("resnet8", 20, 16)])
+def test_the_printed_lines_re_save_a_file(content, teacher, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save(content(teacher.state_dict()), "t.pt")
+    with pytest.raises(common.InputError) as error:
+        common.load_file("t.pt")
+    exec(str(error.value).split("in Python: ")[1], {"torch": torch})
+    common.load_weights(common.build_model("resnet8", 20, 16), "plain.pt")
 
 
 @pytest.mark.parametrize("make", [lambda path: None, os.mkfifo, os.mkdir])
@@ -249,6 +284,9 @@ def test_links_are_followed_and_a_loop_ends(tmp_path, capsys):
     (split("training", "testing"), "testing, training look like parts"),
     (split("Train", "Valid"), "look like parts of a data set, not like classes; the layout is"),
     (split("2019", "2020"), "2019, 2020 look like parts"),
+    (split("seg_train", "seg_test", "seg_pred"), "look like parts"),
+    ({**split("trainA", "testA"), "trainA/a.csv": b"x"}, "look like parts"),
+    (split("bottle/train", "bottle/test", "cable/train"), "look like parts"),
     (split("train"), "has train/ but neither test/ nor val/"),
     (split("train", "test", classes=["ant"]), "needs at least 2 class folders, it has 1"),
     ({**split("train"), **split("test", classes=("ant", "cat"))}, "class bee is not in both"),
@@ -325,6 +363,9 @@ def test_deep_grey_has_one_factor_for_the_set(largest, levels, tmp_path):
     for images, truth in ((data.train.images[2], DEEP), (data.test.images[4], bright)):
         wanted = np.round(truth.astype(float) * 255 / (levels - 1))
         assert np.array_equal(images[1].numpy(), wanted)
+    picture = common.open_picture(root / "train/ant/2.png")
+    alone = common.eight_bits(picture, data.facts()["largest"])
+    assert np.array_equal(alone.transpose(2, 0, 1), data.train.images[2])  # as README loads one
 
 
 @pytest.mark.parametrize("lines, says", [
@@ -359,6 +400,9 @@ def test_a_broken_picture_of_imagenet_is_one_line_whatever_the_workers(tmp_path)
             list(data.train.augmented(5, torch.Generator().manual_seed(0)))
         assert "Traceback" not in str(error.value)
     before = data.train.fingerprint()
+    data.train.labels = data.train.labels.flip(0)
+    assert data.train.fingerprint() != before
+    data.train.labels = data.train.labels.flip(0)
     os.truncate(root / "train/ant/0.png", 20)  # the same name, another size
     assert data.train.fingerprint() != before
 
@@ -375,9 +419,39 @@ def record(folder, resume=False, **settings):
 
 def test_a_folder_with_our_names_that_is_not_ours_is_left_alone(tmp_path):
     (tmp_path / "student.pt").write_text("mine")
-    with pytest.raises(common.InputError, match="holds student.pt, but no run of this project"):
-        record(tmp_path)
+    for _ in range(2):
+        with pytest.raises(common.InputError, match="holds student.pt, but no run of this project"):
+            record(tmp_path)
     assert (tmp_path / "student.pt").read_text() == "mine"
+
+
+def test_a_finished_run_that_lost_its_student_says_so(run, tmp_path):
+    run("rco", tmp_path, "--strategy kd --epochs 1")
+    os.truncate(tmp_path / "student.pt", 100)
+    with pytest.raises(common.InputError, match="student.pt is missing or damaged"):
+        run("rco", tmp_path, "--strategy kd --epochs 1 --resume")
+
+
+def test_other_test_images_are_another_run(tmp_path):
+    root = tree(tmp_path, {**split("train", "test"), "test/ant/0.png": 255 - RGB})
+    before = folder(root).facts()
+    (root / "test/ant/0.png").rename(root / "test/bee/9.png")
+    assert folder(root).facts()["fingerprint"] != before["fingerprint"]
+
+
+def test_changed_code_is_said(run, tmp_path, monkeypatch):
+    run("rco", tmp_path, "--strategy kd --epochs 1")
+    monkeypatch.setattr(common, "__file__", str(tmp_path / "log.csv"))
+    printed = run("rco", tmp_path, "--strategy kd --epochs 1 --resume")
+    assert "the code has changed since this run began" in printed
+
+
+def test_weights_that_are_not_finite_are_not_a_result(tmp_path):
+    broken = record(tmp_path)
+    broken.rows = [{"test": 1.0, "s": 1.0}]
+    with pytest.raises(common.InputError, match="the weights of student are not finite"):
+        broken.finish({"student": {"w": torch.tensor([1.0, float("nan")])}})
+    assert not (tmp_path / "result.json").exists()
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_again(tmp_path):
@@ -456,6 +530,7 @@ def test_an_ascii_terminal_a_closed_pipe_and_ctrl_c(tmp_path):
     assert ascii_only.returncode == 0 and errors == "" and " ? " in printed
     assert table(printed.replace(" ? ", " ± "))["kd"]["epochs"] == "1 ± 0"
 
+    assert subprocess.run(f"{sys.executable} {ROOT}/rco.py --help >&-", shell=True).returncode == 0
     closed = process(tmp_path, "--resume --seed 0 1 2", stdout=subprocess.PIPE)
     closed.stdout.readline()
     closed.stdout.close()

@@ -2,6 +2,7 @@
 what the usual mistakes give; numpy oracles in float64, written from the equations; tiny runs."""
 
 import copy
+import dataclasses
 import functools
 from argparse import Namespace
 
@@ -528,6 +529,8 @@ def test_targets_are_cached_and_belong_to_their_teacher(tmp_path, monkeypatch):
         arguments = parsed(f"--cache {tmp_path} {TINY} {typed}")
         words, decisions = letkd.prepare(network, data, arguments)
         assert len([*tmp_path.glob("shapes-resnet8-targets-*.pt")]) == count
+    letkd.prepare(teacher, dataclasses.replace(data, mean=(0, 0, 0)), arguments)
+    assert len([*tmp_path.glob("shapes-resnet8-targets-*.pt")]) == count + 1
     inter, penult, labels = letkd.teacher_features(teacher, data, [4, 4], arguments)
     wanted = (letkd.fit_words(penult, 12, seeded(1)),
               letkd.fit_decisions(inter, labels, 20, 2, 3, seeded(1)))

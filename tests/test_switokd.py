@@ -361,7 +361,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(finished, run, tmp_path, monkeypatch)
     """Ctrl-C in epoch 2, between its steps.csv and its checkpoint: no step counts twice."""
     (whole, _), flags = finished["2t1s"], f"--switch fixed:0.2 {TRIO['2t1s']}"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        stopped(patch, common, "save_file", 2)
+        stopped(patch, common, "save_file", 4)
         run("switokd", tmp_path, flags)
     assert len(log(tmp_path, "steps.csv")) == 2 * 2 * STEPS
     run("switokd", tmp_path, flags + " --resume")

@@ -317,7 +317,7 @@ def test_a_stopped_chain_goes_on_bit_for_bit(typed, twin, at, whole, run, tmp_pa
 
 def test_a_useless_control_is_left_out_and_born_again_always_learns(run, tmp_path, monkeypatch):
     monkeypatch.setattr(common, "SHAPES_TRAIN", 130)
-    printed = run("trikd", tmp_path, "--anchor-weight 0 --peer-weight 0 --anchor-on teacher "
+    printed = run("trikd", tmp_path, "--anchor-weight 0 --peer-weight 0 "
                   "--compare --generations 1 --epochs 1")
     rows = ["student alone", "student alone, long", "TriKD", "born-again", "mutual learning, long"]
     assert list(table(printed)) == rows
