@@ -18,8 +18,8 @@ def on_error(kind, error, trace):
     """Ctrl-C ends as one line, also while torch is imported: the scripts import this file first."""
     if kind is KeyboardInterrupt:
         script = sys.argv[0].rpartition("/")[2]
-        print(f"\n{script}: stopped; the same command with --resume goes on after the last finished "
-              "epoch", file=sys.stderr)
+        print(f"\n{script}: stopped; the same command with --resume goes on after the last "
+              "finished epoch", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
 
