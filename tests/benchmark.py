@@ -202,11 +202,13 @@ def tst_pair(of, stage):
                   for _ in range(2))
     draws, sgd = torch.Generator().manual_seed(0), of.sgd(student)
     if stage == "II":
-        fixed, search = common.frozen(student), tst.search_optimizer(ours)
+        fixed, (search, bare_search) = common.frozen(student), (
+            torch.optim.SGD(augmenter.parameters(), tst.SEARCH_RATE, tst.MOMENTUM)
+            for augmenter in (ours, bare))
         step = of.step(lambda *batch: (tst.search_step(
             ours, teacher, fixed, search, *batch, draws, of.arguments), None))
         return step, of.floor(lambda images: [teacher(images), fixed(images)],
-                              [tst.search_optimizer(bare)],
+                              [bare_search],
                               prepare=lambda images, labels: (bare(images, draws), labels))
 
     @torch.no_grad()
