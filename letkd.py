@@ -74,7 +74,7 @@ batch kept (CODE drops it), black padding (CODE: reflected), one place for all n
 MobileNetV2's 80 channels), last-epoch accuracy, the kd control, the fifth field of Decisions. Not
 set by themselves: rate 0.01 and alpha 0.1, 0.2 of MobileNetV2 (PAPER).
 
-    python letkd.py                        embedded shapes; 2 CPU cores: about 25 s + 15 s of teacher
+    python letkd.py                        embedded shapes; 2 CPU cores: 25 s + 15 s of teacher
     python letkd.py --compare              with its controls; 2 CPU cores: about 2 minutes
     python letkd.py --alpha 0              equal compute: the same losses, nothing fed forward
     python letkd.py --supervision none     equal epochs, equal capacity: the layers, no teacher

@@ -67,7 +67,7 @@ UNKNOWN: the paper's equations, its tau_g, K, weights, schedule, pairs, all numb
 conclusions, whether its last operation is Cutout or CutMix, whether its batch of 256 is 128 + 128,
 how often Stages II and III alternate.
 
-    python tst.py                       embedded shapes; 2 CPU cores: about 40 s + 15 s of teacher
+    python tst.py                       embedded shapes; 2 CPU cores: 40 s + 15 s of teacher
     python tst.py --compare             with its controls; 2 CPU cores: about 2 minutes
     python tst.py --augment twice       equal compute, but for the searches: KD on 2B originals
     python tst.py --augment random      the same, x~ without learning; none: KD, half the images
