@@ -534,7 +534,8 @@ def test_an_ascii_terminal_a_closed_pipe_and_ctrl_c(tmp_path):
     closed = process(tmp_path, "--resume --seed 0 1 2", stdout=subprocess.PIPE)
     closed.stdout.readline()
     closed.stdout.close()
-    assert closed.stderr.read().count("\n") == 1 and closed.wait() == 1
+    line = closed.stderr.read()
+    assert line.count("\n") == 1 and "its output was closed" in line and closed.wait() == 1
     assert (tmp_path / "out/seed-0/result.json").exists()
 
     script = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n" + (
