@@ -644,21 +644,24 @@ def _list_folder(folder, name):
                        and entry.name not in ("__MACOSX", "@eaDir", "Thumbs.db")),
                       key=lambda entry: entry.name)
 
+    def ending(entry):
+        return os.path.splitext(entry.name)[1].lower() or "no ending"
+
     def pictures(root, above=()):
         """All pictures in and below `root`, in the order of their names; no link back up."""
         above, found = (*above, os.path.realpath(root)), []
         for entry in entries(root):
-            ending = os.path.splitext(entry.name)[1].lower()
             if entry.is_dir() and os.path.realpath(entry.path) not in above:
                 found += pictures(entry.path, above)
-            elif entry.is_file() and ending in endings:
+            elif entry.is_file() and ending(entry) in endings:
                 found.append(entry.path)
             else:
-                left_out[ending or "no ending"] += 1
+                left_out[ending(entry)] += 1
         return found
 
     def listing(root):
         folders = [entry for entry in entries(root) if entry.is_dir()]
+        left_out.update(ending(entry) for entry in entries(root) if not entry.is_dir())
         names = [entry.name for entry in folders]
         if len(names) < 2:
             raise InputError(f"--data: {root} needs at least 2 class folders, it has {len(names)}; "
@@ -668,7 +671,8 @@ def _list_folder(folder, name):
             files = pictures(entry.path)
             if not files:
                 raise InputError(f"--data: class {entry.path} has no image; add or remove it")
-            paths, labels = paths + files, labels + [label] * len(files)
+            paths += files
+            labels += [label] * len(files)
         return names, (paths, torch.tensor(labels))
 
     def parts(names):

@@ -260,7 +260,8 @@ GOOD = split("train", "test")
     ({"train/.DS_Store": b"x", "train/ant/.hidden.png": b"x", "train/__MACOSX/ant/._0.png": b"x",
       "train/ant/@eaDir/0.png": b"x", "test/bee/Thumbs.db": b"x"}, None),
     ({"train/ant/a.heic": b"x", "train/bee/b.HEIC": b"x", "test/ant/c.jpg_large": b"x",
-      "test/bee/README": b"x"}, "left out 4 files: .heic 2, .jpg_large 1, no ending 1"),
+      "test/bee/README": b"x", "train/stray.png": None},
+     "left out 5 files: .heic 2, .png 1, .jpg_large 1, no ending 1"),
     ({"val/ant/0.png": None, "val/bee/0.png": None}, "test/ is the test part, val/ is not read")])
 def test_what_a_folder_may_hold_besides(more, says, tmp_path, capsys):
     data, printed = folder(tree(tmp_path, {**GOOD, **more})), capsys.readouterr().out
