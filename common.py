@@ -759,7 +759,7 @@ def open_picture(path, upright=True):
 
 def eight_bits(image, largest=2**16 - 1):
     """(H,W,3) uint8 of an `open_picture`; deep grey by one factor for a set whose largest value is
-    `largest`: the least of 2^8, 2^10, 2^12, 2^14, 2^16 levels that holds it becomes 256."""
+    `largest`: of the least of 2^8, 2^10, 2^12, 2^14, 2^16 levels that hold it the last is 255."""
     pixels = np.array(image)
     if pixels.ndim == 3:
         return pixels
@@ -769,8 +769,8 @@ def eight_bits(image, largest=2**16 - 1):
 
 
 def _decode(parts, size):
-    """[(paths, labels)] -> [((N,3,size,size) uint8, labels)], largest deep grey or 0; resized,
-    bilinear, where the size differs."""
+    """[(paths, labels)] -> [((N,3,size,size) uint8, labels)], largest value of the deep
+    grey ones; resized, bilinear, where the size differs."""
     def read(path):
         image = open_picture(path)
         largest = image.getextrema()[1] if image.mode == "I" else 0
@@ -778,7 +778,7 @@ def _decode(parts, size):
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         found = list(pool.map(read, sum((paths for paths, _ in parts), [])))
-        largest = max(value for value, _ in found)
+        largest = max(value for value, _ in found) or Data.largest
         pixels = list(pool.map(lambda one: eight_bits(one[1], largest), found))
     stacked = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)  # (N,3,S,S)
     images = stacked.split([len(paths) for paths, _ in parts])
