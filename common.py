@@ -590,13 +590,14 @@ def _whole(path, md5):
     return path
 
 
+DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # where its package puts the files
+
+
 def _read_fashionmnist(folder, anywhere):
     """(train, test, names); `anywhere`: Debian's copy will do, since no --data was named."""
     names = [[f"{part}-images-idx3-ubyte", f"{part}-labels-idx1-ubyte"]
              for part in ("train", "t10k")]
-    places = [folder, folder / "FashionMNIST/raw"]
-    if anywhere:
-        places.append(Path("/usr/share/datasets/fashion-mnist"))
+    places = [folder, folder / "FashionMNIST/raw", *[DEBIAN] * anywhere]
     from torchvision import datasets
     if not any([*place.glob(f"{names[0][0]}*")] for place in places):
         print(f"fashionmnist: not in {folder}, downloading it there")
@@ -1397,7 +1398,8 @@ class Record:
         if steps.exists() and steps.stat().st_size >= self.size:
             os.truncate(steps, self.size)  # what a killed run wrote after its last checkpoint
         elif self.size:
-            print(f"{steps} was deleted or shortened: its earlier lines are lost")
+            print(f"{steps} was deleted or shortened: it begins again, without its earlier lines")
+            steps.unlink(missing_ok=True)
 
     def close_epoch(self, row, epochs, lines=()):
         """Print the row, write log.csv, and the checkpoint; `lines` go to steps.csv.

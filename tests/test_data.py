@@ -162,6 +162,15 @@ def test_fashionmnist_and_the_shares_of_its_classes(tmp_path, inner, capsys):
     assert len(load("fashionmnist", tmp_path).train) == 11_000
 
 
+def test_debians_fashionmnist_is_no_substitute_for_a_mistyped_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "DEBIAN", tmp_path)
+    for part in ("train", "t10k"):
+        write_fashion(tmp_path, part, pixels(20, 28, 28), fashion_labels(20))
+    assert len(load("fashionmnist", None).train) == 20
+    with pytest.raises(common.InputError, match="or name their folder with --data"):
+        load("fashionmnist", tmp_path / "mistyped")
+
+
 def test_shapes_are_held_out_besides_and_open_set_keeps_the_last_classes_apart():
     full, held = shapes_data(), shapes_data(0.1, seed=1)
     assert torch.equal(held.train.images, full.train.images)  # all scripts train on the same

@@ -474,6 +474,18 @@ def test_a_log_that_was_deleted_or_cut_is_written_again(run, tmp_path):
         assert log(tmp_path) == before
 
 
+def test_a_shortened_steps_file_is_said_and_begins_again(tmp_path, capsys):
+    begun = record(tmp_path)
+    begun.restore()
+    begun.close_epoch({"test": 1.0, "s": 1.0}, 2, [{"value": 1}])
+    os.truncate(tmp_path / "steps.csv", 2)
+    again = record(tmp_path, True)
+    again.restore()
+    assert "steps.csv was deleted or shortened" in capsys.readouterr().out
+    again.close_epoch({"test": 2.0, "s": 1.0}, 2, [{"value": 2}])
+    assert log(tmp_path, "steps.csv") == [{"value": "2"}]
+
+
 def test_resume_that_finds_nothing_says_so(run, tmp_path):
     says = f"--resume: {tmp_path} holds nothing to resume, the run starts"
     assert says in run("rco", tmp_path, "--strategy kd --resume")
