@@ -1400,6 +1400,7 @@ class Record:
         elif self.size:
             print(f"{steps} was deleted or shortened: it begins again, without its earlier lines")
             steps.unlink(missing_ok=True)
+            self.size = 0
 
     def close_epoch(self, row, epochs, lines=()):
         """Print the row, write log.csv, and the checkpoint; `lines` go to steps.csv.
