@@ -1339,7 +1339,7 @@ class Record:
                              "another folder") from None
         for partial in self.folder.glob("*.[0-9]*.partial") if ours else ():
             partial.unlink()  # what a kill left half written
-        left = next((path for path in (finished, checkpoint) if path.exists()), None)
+        left = next((path for path in (finished, checkpoint) if path.exists()), None)  # by now
         if left is None:
             return
         try:

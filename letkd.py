@@ -558,7 +558,7 @@ def train(record, data, teacher, targets, arguments):
     """Train the student with its layers, from scratch and in one stage, and finish `record`.
 
     The record is the loop's memory. `rows`: one for each closed epoch, so their number says where
-    the loop stands. `restore` names what a checkpoint holds and, after a kill, gives each part its
+    the loop stands. `restore` names what a checkpoint holds and, by --resume, gives each part its
     state of the last closed epoch; `close_epoch` prints, logs and saves; `finish` writes student.pt
     and result.json. A `Mean` averages an epoch's batches.
     """

@@ -28,7 +28,7 @@ reproduction.
     anchor A     A_0: a student trained alone before; then S_g-1      eval mode, frozen
     --peer finished, a control: T was trained alone before and is in eval mode, frozen; none: no T.
 Order, crops and flips of the batches: one generator, `shuffle`, seeded by --seed, through all
-generations.
+generations; A_0 had one of the same seed. A killed run goes on by --resume.
 
 Equations, all READING; sg detaches; sums over classes, means over the batch; CE at temperature 1.
 
@@ -239,7 +239,7 @@ def train(record, data, alone, arguments):
 
     The record is the loop's memory. `rows`: one for each closed epoch, so their number says where
     the loop stands; `state`: plain values that grow. `restore` names what a checkpoint holds and,
-    after a kill, gives each part its state of the last closed epoch; `close_epoch` prints, logs
+    by --resume, gives each part its state of the last closed epoch; `close_epoch` prints, logs
     and saves; `finish` writes student.pt and result.json. A `Mean` averages an epoch's batches.
     """
     E, G, online = arguments.epochs, arguments.generations, arguments.peer == "online"

@@ -524,7 +524,7 @@ def train(record, data, teacher, arguments):
 
     The record is the loop's memory. `rows`: one for each closed epoch, so their number says where
     the loop stands; `state`: plain values that grow. `restore` names what a checkpoint holds and,
-    after a kill, gives each part its state of the last closed epoch; `close_epoch` prints, logs
+    by --resume, gives each part its state of the last closed epoch; `close_epoch` prints, logs
     and saves; `finish` writes student.pt and result.json. A `Mean` averages an epoch's batches.
     """
     plan, B, seed = schedule(arguments), arguments.batch_size, arguments.seed
