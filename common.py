@@ -51,9 +51,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-SHAPES = {  # one recipe on the embedded set for all scripts, so that their tables can be compared
+SHAPES = {  # one recipe for all scripts, so that their tables can be compared
     "teacher": "resnet14", "student": "resnet8x0.5", "epochs": 12, "batch_size": 64,
     "learning_rate": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}
+SMALL = {**SHAPES, "teacher": "resnet20", "epochs": 15, "learning_rate": 0.05}  # small real sets
 DATASETS = ("shapes", "fashionmnist", "cifar10", "cifar100", "tinyimagenet", "imagenet", "folder")
 FIXED_SIZES = {"fashionmnist": 28, "cifar10": 32, "cifar100": 32}
 
@@ -466,9 +467,10 @@ def stratified(labels, fraction, generator):
 def load_data(arguments, validation=0.0):
     """The data set that the flags name, as `Data`; prints what it is.
 
-    --train-fraction keeps that share of each class; then the share `validation` (at most about
-    10,000 images) is held out of it; both are drawn by --seed. (Of shapes that share of 2,500 is
-    drawn besides: all scripts train on the same, and share their teacher.) --open-set K keeps the
+    --train-fraction keeps that share of each class; `validation` of as many images (at most about
+    10,000) are then held out, of what it leaves, or where it leaves nothing of the training images;
+    both are drawn by --seed. (Of shapes they are drawn besides. So wherever it can be all scripts
+    train on the same images, and share their teacher.) --open-set K keeps the
     last K classes out of all parts but `unseen`, and out of the class count. A folder without a
     test part is split 80/20 per class by the seed, and all images of its K unseen classes are
     `unseen`. Raises InputError when files are missing, empty or damaged.
@@ -530,16 +532,17 @@ def _split(arguments, validation, size):
         train, test = _take(train, keep), _take(train, ~keep)
     unseen, test, train = (_take(test, test[1] >= known), _take(test, test[1] < known),
                            _take(train, train[1] < known))
+    rest = held = _take(train, train[1] < 0)  # nothing
     if arguments.train_fraction < 1:
-        train = _take(train, stratified(train[1], arguments.train_fraction, generator))
-    held = torch.zeros(len(train[1]), dtype=torch.bool)
+        train, rest = _divide(train, arguments.train_fraction, generator)
+    count = min(validation * len(train[1]), 10_000)
     if validation and name == "shapes":
         held = make_shapes(round(validation * SHAPES_TRAIN), size, 2)[:2]
-        return names[:known], [train, _take(held, held[1] < known), test, unseen]
-    if validation:
-        share = min(validation, 10_000 / len(train[1]))
-        held[stratified(train[1], share, generator)] = True
-    held, train = _take(train, held), _take(train, ~held)
+        held = _take(held, held[1] < known)
+    elif validation and len(rest[1]):
+        held, _ = _divide(rest, min(1, count / len(rest[1])), generator)
+    elif validation:
+        held, train = _divide(train, count / len(train[1]), generator)
     for part, purpose in ((train, "train on"), (test, "test on")):
         missing = set(range(known)) - set(part[1].tolist())
         if missing:
@@ -547,6 +550,14 @@ def _split(arguments, validation, size):
             raise InputError(f"{name}: class {names[min(missing)]} has no image left to {purpose}; "
                              f"it needs more images{hint}")
     return names[:known], [train, held, test, unseen]
+
+
+def _divide(part, fraction, generator):
+    """The share `fraction` of every class of (images, labels), and what is left; see `stratified`.
+    """
+    chosen = torch.zeros(len(part[1]), dtype=torch.bool)
+    chosen[stratified(part[1], fraction, generator)] = True
+    return _take(part, chosen), _take(part, ~chosen)
 
 
 def _take(part, where):

@@ -91,10 +91,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common import (
-    SHAPES, InputError, Mean, Network, autocast, base_parser, build_model, each_seed, embeddings,
-    evaluate, evaluating, folded, load_data, load_file, load_frozen, number, open_set_rows, parse,
-    planned_runs, print_table, recognition, refuse_useless, run_script, save_file, sgd, sound,
-    step_rates, train_network)
+    SHAPES, SMALL, InputError, Mean, Network, autocast, base_parser, build_model, each_seed,
+    embeddings, evaluate, evaluating, folded, load_data, load_file, load_frozen, number,
+    open_set_rows, parse, planned_runs, print_table, recognition, refuse_useless, run_script,
+    save_file, sgd, sound, step_rates, train_network)
 
 import torch
 import torch.nn.functional as F
@@ -677,14 +677,13 @@ def agreement(student, teacher, targets, data, arguments):
 
 
 # ----------------------------------------------------------------------------------------- 4. flags
-SMALL = {"teacher": "resnet20", "student": "resnet8x0.5", "epochs": 24, "words": 256,
-         "rows": 200_000, **RECIPE}
+REAL = {**SMALL, "words": 256, "rows": 200_000}
 DEFAULTS = {  # flags by data set; each can be given by hand
-    "shapes": {**SMALL, **SHAPES},
-    "fashionmnist": SMALL, "cifar10": SMALL, "folder": SMALL, "tinyimagenet": SMALL,
-    "cifar100": {**SMALL, "teacher": "resnet56", "student": "resnet20", "epochs": 240,
+    "shapes": {**REAL, **SHAPES},
+    "fashionmnist": REAL, "cifar10": REAL, "folder": REAL, "tinyimagenet": REAL,
+    "cifar100": {**RECIPE, "teacher": "resnet56", "student": "resnet20", "epochs": 240,
                  "words": 4096, "rows": 3_200_000},  # all locations of all images
-    "imagenet": {**SMALL, "teacher": "resnet34", "student": "resnet18", "epochs": 100,
+    "imagenet": {**RECIPE, "teacher": "resnet34", "student": "resnet18", "epochs": 100,
                  "words": 4096, "rows": 2_000_000, "learning_rate": 0.1, "weight_decay": 1e-4,
                  "batch_size": 256},
 }

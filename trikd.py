@@ -78,7 +78,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from common import (
-    SHAPES, Mean, autocast, base_parser, build_model, compile_network, each_seed, embeddings,
+    SHAPES, SMALL, Mean, autocast, base_parser, build_model, compile_network, each_seed, embeddings,
     evaluate, folded, frozen, load_data, number, open_set_rows, parse, planned_runs, print_table,
     recognition, refuse_useless, run_script, save_file, sgd, step_rates, train_network)
 
@@ -353,12 +353,11 @@ def measures(student, teacher, anchor, data, arguments):
 
 
 # ----------------------------------------------------------------------------------------- 4. flags
-SMALL = {"teacher": "resnet20", "student": "resnet8x0.5", "epochs": 24, **RECIPE}
 DEFAULTS = {  # flags by data set; each can be given by hand
     "shapes": SHAPES,
     "fashionmnist": SMALL, "cifar10": SMALL, "folder": SMALL, "tinyimagenet": SMALL,
-    "cifar100": {**SMALL, "teacher": "resnet32x4", "student": "resnet8x4", "epochs": 240},
-    "imagenet": {**SMALL, "teacher": "resnet50", "student": "resnet18", "epochs": 90,
+    "cifar100": {**RECIPE, "teacher": "resnet32x4", "student": "resnet8x4", "epochs": 240},
+    "imagenet": {**RECIPE, "teacher": "resnet50", "student": "resnet18", "epochs": 90,
                  "learning_rate": 0.1, "weight_decay": 1e-4, "batch_size": 256},
 }
 COLUMNS = {"test": ".2f", "best": ".2f", "teacher": ".2f", "kl_ts": ".4f", "agree": ".1f",

@@ -85,7 +85,7 @@ from itertools import islice
 from pathlib import Path
 
 from common import (
-    SHAPES, InputError, Mean, autocast, base_parser, build_model, compile_network, each_seed,
+    SHAPES, SMALL, InputError, Mean, autocast, base_parser, build_model, compile_network, each_seed,
     evaluate, evaluating, folded, frozen, load_data, load_file, load_frozen, number, open_set_rows,
     parse, planned_runs, print_table, recognition, refuse_useless, run_script, save_file, sgd,
     sound, train_network)
@@ -94,7 +94,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-RECIPE = {"learning_rate": 0.05, "momentum": 0.9, "weight_decay": 5e-4, "batch_size": 64}
 CONTROLS = {  # --compare: name -> (the flags it changes, why)
     "kd": ({"augment": "none"}, "equal steps, half the images: plain KD on the originals"),
     "kd twice": ({"augment": "twice"}, "equal compute but for the searches: KD on 2B originals"),
@@ -652,14 +651,13 @@ def save_grid(augmenter, data, seed, path):
 
 
 # ----------------------------------------------------------------------------------------- 4. flags
-SMALL = {"teacher": "resnet20", "student": "resnet8x0.5", "epochs": 8, "fit_steps": 500,
-         "temperature": 4.0, "nesterov": True, "drops": (5 / 8, 3 / 4, 7 / 8), **RECIPE}
+REAL = {**SMALL, "fit_steps": 500, "temperature": 4.0, "drops": (5 / 8, 3 / 4, 7 / 8)}
 DEFAULTS = {  # by data set; all but nesterov and the drops of the rate (CODE) are flags
-    "shapes": {**SMALL, **SHAPES},
-    "fashionmnist": SMALL, "cifar10": SMALL, "folder": SMALL, "tinyimagenet": SMALL,
-    "cifar100": {**SMALL, "teacher": "resnet32x4", "student": "resnet8x4", "epochs": 240,
+    "shapes": {**REAL, **SHAPES},
+    "fashionmnist": REAL, "cifar10": REAL, "folder": REAL, "tinyimagenet": REAL,
+    "cifar100": {**REAL, "teacher": "resnet32x4", "student": "resnet8x4", "epochs": 240,
                  "fit_steps": 2000, "batch_size": 128, "learning_rate": 0.1, "weight_decay": 1e-4},
-    "imagenet": {**SMALL, "teacher": "resnet34", "student": "resnet18", "epochs": 100,
+    "imagenet": {**REAL, "teacher": "resnet34", "student": "resnet18", "epochs": 100,
                  "fit_steps": 2000, "batch_size": 256, "learning_rate": 0.3, "weight_decay": 1e-4,
                  "temperature": 1.0, "drops": (0.4, 0.7)},
 }

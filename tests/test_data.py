@@ -148,6 +148,12 @@ def test_fashionmnist_and_the_shares_of_its_classes(tmp_path, inner, capsys):
     assert sizes(part.train) == sizes(data.validation) == fifth
     assert identities(part.train) < identities(full.train)
     assert torch.equal(part.test.images, full.test.images)
+    shared = load("fashionmnist", tmp_path, 0.1, train_fraction=0.2)  # X' of what is left out
+    assert torch.equal(shared.train.images, part.train.images)
+    tenth = shared.validation.labels.bincount(minlength=10)
+    assert tenth.tolist() == [1] * 9 + [2]  # a tenth of 49 images, of each class at least one
+    assert not identities(shared.validation) & identities(part.train)
+    assert identities(shared.validation) < identities(full.train)
     for each in (data, other):
         train, held = identities(each.train), identities(each.validation)
         assert not train & held and train | held == identities(full.train)

@@ -180,7 +180,7 @@ def test_next_anchor(kl, current, threshold, chosen):
 
 @pytest.mark.parametrize("flags, stage", [
     ("", 3), ("--epochs 2", 1), ("--strategy greedy", 3), ("--strategy kd", 12), ("--anchors 2", 6),
-    ("--strategy one-stage", 12), ("--stage-epochs 12", 12), ("--dataset folder", 24)])
+    ("--strategy one-stage", 12), ("--stage-epochs 12", 12), ("--dataset folder", 15)])
 def test_stages_of_shapes_cost_what_kd_costs(flags, stage):
     arguments = rco.parse_args(f"--device cpu {flags}".split())
     assert arguments.stage_epochs == stage

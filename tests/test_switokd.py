@@ -263,16 +263,18 @@ def test_unequal_shapes_are_refused():  # broadcasting would hide them
     ("cifar100 --topology 1t2s --student-learning-rate 0.2", "wrn_16_2 mobilenetv2 wrn_16_10", 269,
      [0.2, 0.2, 0.1], LATE),
     ("imagenet", "resnet18 resnet34", 120, [0.1, 0.1], (31, 61, 91)),
-    ("fashionmnist", "resnet8x0.5 resnet20", 30, [0.1, 0.1], (20, 24, 28)),
+    ("fashionmnist", "resnet8x0.5 resnet20", 15, [0.05, 0.05], (11, 13, 15)),
     ("shapes", "resnet8x0.5 resnet14", 12, [0.1, 0.1], (9, 10, 12))])
 def test_recipes(flags, networks, epochs, initial, drops):
     """Section 6: networks (students, then teachers), epochs, rates and where they drop (from 1)."""
     arguments = switokd.parse_args(f"--device cpu --dataset {flags}".split())
-    special = {"imagenet": (512, 1e-4), "shapes": (64, 5e-4)}.get(arguments.dataset, (128, 5e-4))
+    special = {"imagenet": (512, 1e-4), "cifar10": (128, 5e-4), "cifar100": (128, 5e-4)}.get(
+        arguments.dataset, (64, 5e-4))
     assert (arguments.batch_size, arguments.weight_decay) == special
     assert " ".join([*arguments.student, *arguments.teacher]) == networks
     assert (arguments.momentum, arguments.temperature, arguments.switch) == (0.9, 1, "adaptive")
-    assert getattr(arguments, "nesterov", False) == (arguments.dataset == "shapes")
+    assert getattr(arguments, "nesterov", False) == (
+        arguments.dataset in ("shapes", "fashionmnist"))
     students, teachers = switokd.roles(Namespace(**{**vars(arguments), "seed": 0}))
     for (*_, rate), first in zip((students | teachers).values(), initial, strict=True):
         last = pytest.approx(first / 1000)
