@@ -63,8 +63,9 @@ def test_compile_that_cannot_work_ends_and_slow_bf16_goes_on_with_a_line(monkeyp
     monkeypatch.setattr(torch, "compile", no_compiler)
     line = refused("tst", "--device cpu --compile", capsys)
     assert "torch.compile does not work on this machine (No working C++ compiler)" in line
-    for cost, says in ((4.2, "about 4.2 times as long as fp32"), (0.6, "")):
-        monkeypatch.setattr(common, "bf16_cost", lambda cost=cost: cost)
+    for flags, says in (("avx2", "slow here"), ("avx2 avx512_bf16", ""), ("asimd bf16", "")):
+        monkeypatch.setattr(common.Path, "exists", lambda _: True)
+        monkeypatch.setattr(common.Path, "read_text", lambda _, flags=flags: f"flags: {flags}")
         assert rco.parse_args(["--device", "cpu", "--precision", "bf16"]).precision == "bf16"
         printed = capsys.readouterr().out
         assert says in printed and bool(printed) == bool(says)
