@@ -1,0 +1,89 @@
+"""docs/results.py: the pages hold the records' numbers; the statistics; every command parses."""
+
+import importlib
+import json
+import shlex
+import sys
+
+import pytest
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "docs"))
+import results  # noqa: E402
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/results.md"])
+def test_the_pages_hold_what_the_records_say(page):
+    text, blocks = (ROOT / page).read_text(), results.blocks()
+    assert results.filled(text, blocks) == text  # `python docs/results.py` writes them
+    assert any(f"<!-- {name} -->\n" in text for name in blocks)
+    for name in blocks:  # and a number changed by hand is seen
+        start = text.find(f"<!-- {name} -->")
+        digit = next((i for i in range(start, len(text)) if text[i].isdigit()), None)
+        if start >= 0:
+            wrong = text[:digit] + str((int(text[digit]) + 1) % 10) + text[digit + 1:]
+            assert results.filled(wrong, blocks) == text != wrong
+
+
+def test_every_command_parses_and_takes_what_the_grid_chose():
+    seen = set()
+    for command in [*results.commands("DATA", "runs/x", 0),
+                 *results.commands("DATA", "runs/x", results.TUNING)]:
+        _, script, *flags = shlex.split(command)
+        arguments = importlib.import_module(script[:-3]).parse_args([*flags, "--device", "cpu"])
+        assert str(arguments.out) not in seen and arguments.seed[0] in (0, results.TUNING)
+        seen.add(str(arguments.out))
+        if arguments.dataset == "shapes":
+            continue
+        recipe = (arguments.batch_size, arguments.learning_rate, arguments.weight_decay,
+                  arguments.nesterov, getattr(arguments, "schedule", "steps"))
+        assert recipe == (64, 0.05, 5e-4, True, "steps")
+    grid = results.records().get(results.TUNING, {})
+    for method, (_, values, command) in results.GRID.items():
+        tests = {value: grid[f"{method}-{value}"]["test"] for value in values}
+        best = max(tests, key=tests.get)
+        flag = command.split(" VALUE")[0].split()[-1]
+        runs = {"KD": ["kd-15", "kd-60"], "RCO": ["eei"], "SwitOKD": ["switokd", "mutual-15"],
+                "TriKD": ["trikd"], "LetKD": ["letkd-1", "letkd-2"], "TST": ["tst", "random"]}
+        for run in runs[method]:
+            script, *words = shlex.split(results.RUNS[run].format(place="x"))
+            found = importlib.import_module(script[:-3]).parse_args(
+                [*words, "--device", "cpu", "--dataset", "folder", "--data", "x"])
+            taken = getattr(found, flag.strip("-").replace("-", "_"))
+            assert taken in (best, [best]), (method, run)
+
+
+def test_statistics():
+    """By hand: differences 1, 2, 3: mean 2, sd 1, half width 4.303 / sqrt(3) = 2.48."""
+    assert results.spread([1.0, 2.0, 3.0]) == "2.00 ± 1.00" and results.spread([4.0]) == "4.00"
+    assert results.difference([2, 4, 6], [1, 2, 3]) == "+2.00 [-0.48, +4.48]"
+    assert results.difference([1.0], [2.5]) == "-1.50"
+    record = {"multiply_adds": [10, 100], "student": [5, 4], "teacher": [3, 1]}
+    assert results.compute(record) == 10 * (5 + 8) + 100 * (3 + 2)
+
+
+def test_records_of_every_kind_of_run(run, tmp_path, monkeypatch):
+    """Images forward and backward through student and teacher, from runs of 260 images."""
+    monkeypatch.setattr(results, "RECORDS", tmp_path / "kept")
+    place, n = tmp_path / "seed-0", 260
+    common = f"--cache {place}/cache"
+    run("rco", place / "kd", f"--strategy kd --epochs 3 --stage-epochs 2 {common}")
+    run("switokd", place / "pair", f"--switch fixed:0 {common}")
+    run("trikd", place / "chain", common)
+    run("trikd", place / "mutual", f"--generations 1 --anchor-weight 0 {common}")
+    run("letkd", place / "heads", f"--words 8 --per-class 1 --rows 2000 --alpha 0 {common}")
+    run("tst", place / "tst", f"--fit-steps 1 {common}")
+    results.collect(tmp_path)
+    found = results.records()[0]
+    images = {name: (record["epochs"], *record["student"], *record["teacher"])
+              for name, record in found.items()}
+    share = json.loads((place / "pair/result.json").read_text())["images"]
+    assert images.pop("pair") == (2, 2 * n, 2 * n, 2 * n, 2 * n * share["teacher backward, share"])
+    assert images == {
+        "alone-2": (2, 2 * n, 2 * n, 0, 0), "teacher-2": (2, 2 * n, 2 * n, 0, 0),
+        "teacher-3": (3, 3 * n, 3 * n, 0, 0), "kd": (2, 2 * n, 2 * n, 2 * n, 0),
+        "heads": (2, 2 * n, 2 * n, 2 * n, 0),
+        "chain 1": (4, 6 * n, 4 * n, 2 * n, 2 * n),  # A_0 alone, then beside the student
+        "chain 2": (6, 10 * n, 6 * n, 4 * n, 4 * n),
+        "mutual": (2, 4 * n, 2 * n, 2 * n, 2 * n),  # no A_0 before, but its forwards, for the log
+        "tst": (2, 5 * n, 5 * n, 5 * n, n)}  # 2 x 2 originals and augmented, one pass of a search
