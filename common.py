@@ -94,18 +94,18 @@ def place(text):
     return Path(text)
 
 
-def base_parser(description, defaults, online=False, networks=None):
+def base_parser(description, defaults, online=False, networks=None, datasets=DATASETS):
     """The flags all scripts share.
 
     `defaults`: {data set: {flag: value}}, or a function of the arguments that gives {flag: value};
     `parse` applies them. `online`: teachers start from scratch, there is no --teacher-weights.
-    `networks`: nargs of --teacher and --student for scripts that take several.
+    `networks`: nargs of --teacher and --student for scripts that take several. `datasets`: choices.
     """
     parser = Parser(description=description, allow_abbrev=False)
     parser.chosen_defaults = defaults
     positive = number(float, 0, low_allowed=False)
     add = parser.add_argument_group("data and networks").add_argument
-    add("--dataset", default="shapes", choices=DATASETS,
+    add("--dataset", default="shapes", choices=datasets,
         help="default: shapes, drawn by this program, no download")
     add("--data", type=place, metavar="DIR", help="where its files lie or go (default: data)")
     add("--image-size", type=number(int, 8, 1024), metavar="PX",
@@ -382,6 +382,10 @@ class Data:
     @property
     def classes(self):
         return len(self.names)
+
+    def build(self, name, seed=0):
+        """A network by name for these images, see `build_model`."""
+        return build_model(name, self.classes, self.image_size, seed)
 
     def facts(self):
         """What settings and result.json say of the data: all that a loaded student needs."""
@@ -1057,10 +1061,10 @@ def load_weights(network, path):
 
 def load_frozen(name, path, data, arguments):
     """A given teacher (--teacher-weights), frozen, on the device; prints how good it is here."""
-    network = frozen(load_weights(build_model(name, data.classes, data.image_size), path))
+    network = frozen(load_weights(data.build(name), path))
     network.to(arguments.device)
-    accuracy, sizes = evaluate(network, data.test, arguments), data.test.labels.bincount()
-    chance = 100 * sizes.max().item() / len(data.test)
+    accuracy, sizes = evaluate(network, data.test, arguments), data.test.labels.flatten().bincount()
+    chance = 100 * (sizes.max() / sizes.sum()).item()
     mean, std = ([round(value, 4) for value in part] for part in (data.mean, data.std))
     print(f"{path}: {name}, {accuracy:.2f} % on the test images, normalised by mean {mean}, "
           f"standard deviation {std}")
@@ -1094,11 +1098,12 @@ def evaluating(*networks):
 
 def evaluate(network, split, arguments, forward=None):
     """Top-1 accuracy in %, eval mode. `forward`: images -> (B,C) scores, instead of the logits."""
-    correct = torch.zeros((), dtype=torch.long, device=arguments.device)
+    correct, count = torch.zeros(2, dtype=torch.long, device=arguments.device)
     with evaluating(network), autocast(arguments):
         for images, labels in split.batches():
             correct += ((forward or network)(images).argmax(1) == labels).sum()
-    return 100 * correct.item() / len(split)
+            count += (labels >= 0).sum()  # (B,), or pixels, some unknown
+    return 100 * correct.item() / count.item()
 
 
 def embeddings(network, split, arguments, forward=None):
@@ -1197,8 +1202,7 @@ def open_set_rows(data, arguments):
     sizes = data.unseen.labels.bincount().double()
     chance = (sizes * (sizes - 1)).sum() / (sizes.sum() * (sizes.sum() - 1))
     *_, name = np.hstack([arguments.student]).tolist()
-    untrained = build_model(name, data.classes, data.image_size, arguments.seed)
-    untrained.to(arguments.device)
+    untrained = data.build(name, arguments.seed).to(arguments.device)
     return [{"run": "chance", "rank1": 100 * chance.item(), "verification": 50.0},
             {"run": "raw pixels", **recognition(untrained, data, arguments, nn.Flatten())},
             {"run": "untrained student", **recognition(untrained, data, arguments)}]
@@ -1261,7 +1265,7 @@ class Mean:
             self.sums[name] = total, count
         if logits is not None:
             self.correct = self.correct + (logits.detach().argmax(1) == labels).sum()
-            self.classified += B
+            self.classified = self.classified + (labels >= 0).sum()  # (B,), or pixels
         self.images, self.batches = self.images + B, self.batches + 1
         live = sys.stdout.isatty() and time.time() - self.shown > 1
         if live or self.batches % 50 == 0:
@@ -1284,7 +1288,7 @@ class Mean:
         """The terms, "train" accuracy in %, and the seconds ("s") since this Mean was made."""
         row = self.terms()
         if self.classified:
-            row["train"] = 100 * self.correct.item() / self.classified
+            row["train"] = 100 * self.correct.item() / self.classified.item()
         seconds = time.time() - self.start
         return {**row, "img/s": self.images / max(seconds, 1e-9), "s": seconds}
 
@@ -1528,7 +1532,7 @@ def train_network(name, data, learning_rates, arguments, keep=(), seed=0, title=
             record.discard(path)
 
     def build():
-        return build_model(name, data.classes, data.image_size, seed).to(arguments.device)
+        return data.build(name, seed).to(arguments.device)
 
     if record.result:
         print(f"{title}: {name}, trained before, {record.result['last_test']:.2f} % at the end")

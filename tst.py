@@ -55,6 +55,11 @@ or a published account of it. CODE: in the authors' code. READING: our choice, o
     (17) L_III = D on the 2B batch [x~ ; x] with labels [y ; y]           CODE
     (lr) lr0 0.1^j, j = how many of 5/8, 3/4, 7/8 of the run are over     CODE (150, 180, 210)
 
+Segmentation (--task segmentation): (12) to (17) for every pixel that has a label; networks with the
+head as a 1x1 convolution, upsampled. What is not geometric in (5) comes first, then one warp:
+    (20) A = [I|0] + sum_{geometric i in I} g_i (A_i - [I|0])             CODE
+    (21) x~ and its labels are read at A n; outside they are unknown      CODE
+
 Departure from the paper's words: the default student term is (13), not (14); which one made its
 tables is UNKNOWN. Departures from CODE (READING): the gate's logit is theta_p, not
 sigmoid(theta_p), so that q_i is the apply rate; no inner random-apply gate, no mask of zero rows;
@@ -63,6 +68,9 @@ one CPU generator for the augmenter; float32, no moving average of weights; targ
 which rounds a few pixels otherwise than the plain formulas; the small recipes; the controls.
 Kept although odd (CODE): image-sized cutout (centre anywhere: 25 to 100 % erased), additive
 residuals, positive magnitudes only, one gate a call for the whole batch, the plateau rule.
+Segmentation. CODE: theta in [-10, 10], gradient clipped at 20, tau = 1, w = 1.5, searches of one
+pass. READING: scenes of four shapes, networks, recipes, searches before epochs 0, E // 4, E // 2,
+the eps of (13), a cutout of a quarter of the side (CODE: 128 pixels). Detection is not done.
 UNKNOWN: the paper's equations, its tau_g, K, weights, schedule, pairs, all numbers, the figures'
 conclusions, whether its last operation is Cutout or CutMix, whether its batch of 256 is 128 + 128,
 how often Stages II and III alternate.
@@ -72,6 +80,7 @@ how often Stages II and III alternate.
     python tst.py --augment twice       equal compute, but for the searches: KD on 2B originals
     python tst.py --augment random      the same, x~ without learning; none: KD, half the images
     python tst.py --open-set 5          recognition of classes never trained on
+    python tst.py --task segmentation   pixels of scenes of shapes; 2 CPU cores: about 3 minutes
     python tst.py --dataset cifar100    resnet32x4 -> resnet8x4, 240 epochs: not yet run
 """
 
@@ -85,11 +94,12 @@ from itertools import islice
 from pathlib import Path
 
 from common import (
-    SHAPES, SMALL, InputError, Mean, autocast, base_parser, build_model, compile_network, each_seed,
-    evaluate, evaluating, folded, frozen, load_data, load_file, load_frozen, number, open_set_rows,
-    parse, planned_runs, print_table, recognition, refuse_useless, run_script, save_file, sgd,
-    sound, train_network)
+    OUTLINES, SHAPES, SMALL, Data, InputError, Mean, Network, Split, autocast, base_parser,
+    compile_network, each_seed, evaluate, evaluating, folded, frozen, load_data, load_file,
+    load_frozen, make_shapes, number, open_set_rows, parse, planned_runs, print_table, recognition,
+    refuse_useless, run_script, save_file, sgd, sound, train_network)
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -109,6 +119,7 @@ OPERATIONS = ("Brightness", "Color", "Contrast", "Sharpness", "Posterize", "Sola
 COLOR, MOVABLE = 6, 11  # operations before 6 have a colour encoder, before 11 a magnitude
 UNSIGNED = ("Posterize", "Solarize")
 STUDENT_TERMS = ("non_saturating", "negative_ce")
+UNKNOWN = -100  # the label of a pixel that has none; F.cross_entropy leaves it out
 
 
 def relaxed_bernoulli(logits, temperature=0.05, generator=None):
@@ -287,10 +298,11 @@ class Augmenter(nn.Module):
     """The augmentation module, eqs. (1) to (5): 25 numbers over eleven frozen encoders.
 
     `encoders` in the order of OPERATIONS; mean, std (3,1,1) of the images in [0,1]; `operations`
-    K of 14. All that a call draws comes from its `generator` (CPU).
+    K of 14; `erased`: side of the cutout in that of the image. All that a call draws comes from its
+    `generator` (CPU).
     """
 
-    def __init__(self, encoders, mean, std, operations=4, temperature=0.05):
+    def __init__(self, encoders, mean, std, operations=4, temperature=0.05, erased=1.0):
         super().__init__()
         if not 1 <= operations <= len(OPERATIONS):
             raise ValueError(f"operations = {operations}: 1 to {len(OPERATIONS)}")
@@ -301,7 +313,7 @@ class Augmenter(nn.Module):
         self.theta_p = nn.Parameter(torch.zeros(len(OPERATIONS)))
         self.register_buffer("mean", torch.as_tensor(mean).view(3, 1, 1))
         self.register_buffer("std", torch.as_tensor(std).view(3, 1, 1))
-        self.operations, self.temperature = operations, temperature
+        self.operations, self.temperature, self.erased = operations, temperature, erased
 
     def magnitudes(self):
         return torch.sigmoid(self.theta_m)  # Eq. (1): m_i = sigmoid(theta_m,i), (11,)
@@ -317,30 +329,51 @@ class Augmenter(nn.Module):
             return self.encoders[i](images, magnitude.expand(len(images), 1), generator=generator)
         with torch.no_grad():
             if OPERATIONS[i] == "Cutout":
-                return cutout(images, generator)
+                return cutout(images, generator, self.erased)
             values = to_bytes(images, self.mean, self.std)  # Eq. (10)
             return from_bytes(exact(OPERATIONS[i], values, 0), self.mean, self.std).to(images)
 
-    def forward(self, images, generator=None):
+    def forward(self, images, generator=None, labels=None):
+        """x~ (B,3,H,W); of pixels' `labels` (B,H,W) both, moved alike by eqs. (20), (21)."""
         gates = relaxed_bernoulli(self.theta_p, self.temperature, generator)  # (14,)
         # Eq. (4): I = first K entries of a random permutation of 0..13
         chosen = torch.randperm(len(OPERATIONS), generator=generator)[:self.operations]
-        m, augmented = self.magnitudes(), images
+        m, augmented, A = self.magnitudes(), images, torch.eye(2, 3).to(images)
         for i in chosen.tolist():
+            if labels is not None and COLOR <= i < MOVABLE:
+                # Eq. (20): A = [I|0] + sum_{geometric i in I} g_i (A_i - [I|0])
+                A_i = self.encoders[i].affine(m[i].expand(len(images), 1), generator=generator)
+                A = A + gates[i] * (A_i - torch.eye(2, 3).to(images))  # (B,2,3)
+                continue
             # Eq. (5): x~ = x + sum_{i in I} g_i (T_i(x; m_i) - x); residuals are added, not chained
             T = self.transform(i, images, m[i] if i < MOVABLE else None, generator)
             augmented = augmented + gates[i] * (T - images)
-        return augmented
+        return augmented if labels is None else warp(augmented, labels, A)
 
 
-def cutout(images, generator=None):
-    """A square of side H, centred on any pixel, set to zero, the mean colour; one for the batch."""
+def warp(images, labels, A):
+    """Eq. (21): images, bilinear, zeros outside; labels, nearest, unknown outside. A (B,2,3)."""
+    # Eq. (21): the pixel (X,Y) reads both at A ((2X+1)/W - 1, (2Y+1)/H - 1, 1)
+    grid = F.affine_grid(A.expand(len(images), 2, 3), list(images.shape), align_corners=False)
+    codes = (labels.clamp(min=-1) + 1)[:, None].to(images)  # (B,1,H,W)
+    codes = F.grid_sample(codes, grid.detach(), mode="nearest", align_corners=False)[:, 0]
+    return F.grid_sample(images, grid, align_corners=False), decoded(codes)
+
+
+def decoded(codes):
+    """Labels from codes, which are the class + 1, and 0 where it is unknown."""
+    return torch.where(codes == 0, UNKNOWN, codes.long() - 1)
+
+
+def cutout(images, generator=None, erased=1.0):
+    """A square of side `erased` H, centred on any pixel, set to zero, the mean colour; one a batch.
+    """
     H, W = images.shape[2:]
     cy = torch.randint(H, (1,), generator=generator).item()
     cx = torch.randint(W, (1,), generator=generator).item()
-    half, erased = H // 2, images.clone()
-    erased[:, :, max(0, cy - half):cy + half, max(0, cx - half):cx + half] = 0
-    return erased
+    half, images = int(erased * H) // 2, images.clone()
+    images[:, :, max(0, cy - half):cy + half, max(0, cx - half):cx + half] = 0
+    return images
 
 
 # -------------------------------------------------------------------------------------- 3. training
@@ -458,9 +491,9 @@ def reference_rows(alone, data, arguments):
     """The table's rows of the networks trained alone."""
     trained = {"epochs": arguments.epochs, "k_images": len(data.train) * arguments.epochs / 1000,
                "k_searched": 0}
-    return [{"run": name, "test": evaluate(network, data.test, arguments),
-             **({"best": result["best_test"], **trained, "seconds": result["seconds"]}
-                if result else {}), **recognition(network, data, arguments)}
+    return [{"run": name, "test": score(network, data.test, arguments),
+             **({**trained, "seconds": result["seconds"]} if result else {}),
+             **recognition(network, data, arguments)}
             for name, (network, result) in alone.items()]
 
 
@@ -471,8 +504,10 @@ def schedule(arguments):
     100. Other lengths, where nothing is typed: in proportion.
     """
     E, released = arguments.epochs, arguments.dataset == "imagenet" and arguments.epochs == 100
-    at = arguments.search_at or ([10, 25] if released else [E // 8, 3 * E // 8])
-    passes = arguments.search_epochs or (5 if released else max(1, E // 8))
+    at, passes = ([10, 25], 5) if released else ([E // 8, 3 * E // 8], max(1, E // 8))
+    if arguments.task == "segmentation":
+        at, passes = [0, E // 4, E // 2], 1
+    at, passes = arguments.search_at or at, arguments.search_epochs or passes
     plan = []
     for epoch in range(E):
         if epoch in at and arguments.augment == "learned":
@@ -483,15 +518,20 @@ def schedule(arguments):
 
 def search_step(augmenter, teacher, student, optimizer, images, labels, draws, arguments):
     """Stage II: one step of theta. `student`: a frozen copy. Returns the terms."""
-    augmented = augmenter(images, draws)  # (B,3,H,W)
+    augmented, moved = augment(augmenter, images, labels, draws)  # (B,3,H,W), (B,)
     with autocast(arguments):  # both frozen, in eval mode: gradients pass through them to x~
         t, s = teacher(augmented).float(), student(augmented).float()  # (B,C), (B,C)
-    loss, L_T, L_S = augmentation_loss(t, s, labels, arguments.student_term)  # Eq. (15)
+    y, t, s = known(moved, t, s)
+    loss, L_T, L_S = augmentation_loss(t, s, y, arguments.student_term)  # Eq. (15)
     optimizer.zero_grad()
     loss.backward()
+    thetas = [augmenter.theta_m, augmenter.theta_p] if labels.ndim > 1 else []  # of pixels: bounds
+    nn.utils.clip_grad_norm_(thetas, 20.0)
     optimizer.step()
+    for theta in thetas:
+        theta.data.clamp_(-10, 10)
     return {"L_T": L_T.detach(), "L_S": L_S.detach(),
-            "conf_t": true_class(t.detach(), labels), "conf_s": true_class(s.detach(), labels)}
+            "conf_t": true_class(t.detach(), y), "conf_s": true_class(s.detach(), y)}
 
 
 def train_step(student, teacher, optimizer, images, labels, first, arguments):
@@ -506,15 +546,17 @@ def train_step(student, teacher, optimizer, images, labels, first, arguments):
         with torch.no_grad():  # eval mode, see `frozen`
             t = teacher(both).float()  # (2B,C)
         s = student(both).float()  # (2B,C)
+    y, z_t, z_s = known(targets, t, s)
     # Eq. (17): L_III = 1/2 D(x~) + 1/2 D(x) = D on [x~ ; x] with labels [y ; y]
-    loss = distillation_loss(s, t, targets, arguments.weight, arguments.temperature)
+    loss = distillation_loss(z_s, z_t, y, arguments.weight, arguments.temperature)
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
-    s = s.detach()  # the two terms of eq. (16) apart, without weights, for the log
-    terms = {"ce": F.cross_entropy(s, targets), "kl": softened_kl(s, t, arguments.temperature)}
+    s, z_s = s.detach(), z_s.detach()  # the terms of eq. (16) apart, without weights, for the log
+    terms = {"ce": F.cross_entropy(z_s, y), "kl": softened_kl(z_s, z_t, arguments.temperature)}
     if first is not None:
-        terms |= {"conf_t": true_class(t[:B], first[1]), "conf_s": true_class(s[:B], first[1])}
+        y, z_t, z_s = known(first[1], t[:B], s[:B])
+        terms |= {"conf_t": true_class(z_t, y), "conf_s": true_class(z_s, y)}
     return terms, s[-B:]
 
 
@@ -528,8 +570,7 @@ def train(record, data, teacher, arguments):
     """
     plan, B, seed = schedule(arguments), arguments.batch_size, arguments.seed
     rates = learning_rates(arguments.learning_rate, arguments.epochs, arguments.drops)
-    student = build_model(arguments.student, data.classes, data.image_size, seed)
-    student.to(arguments.device)
+    student = data.build(arguments.student, seed).to(arguments.device)
     teacher = folded(teacher)
     optimizer = sgd(student.parameters(), arguments)
     shuffle = torch.Generator().manual_seed(seed)  # order, crops and flips of Stage III
@@ -539,7 +580,8 @@ def train(record, data, teacher, arguments):
     if arguments.augment in ("learned", "random"):
         encoders, errors, fit_seconds = fitted_encoders(data, arguments)  # Stage I
         augmenter = Augmenter(encoders, data.mean, data.std, arguments.operations,
-                              arguments.gate_temperature).to(arguments.device)
+                              arguments.gate_temperature, ERASED[arguments.task])
+        augmenter.to(arguments.device)
         search = torch.optim.SGD([augmenter.theta_m, augmenter.theta_p], SEARCH_RATE, MOMENTUM)
         parts = {"augmenter": augmenter, "search": search}
     record.restore(student=student, optimizer=optimizer, shuffle=shuffle, aside=aside, draws=draws,
@@ -579,11 +621,11 @@ def train(record, data, teacher, arguments):
                 first = next(others) if others else None
                 if augmenter is not None:
                     with torch.no_grad():  # theta does not learn here
-                        first = augmenter(images, draws), labels
+                        first = augment(augmenter, images, labels, draws)
                 terms, logits = train_step(student, teacher, optimizer, images, labels, first,
                                            arguments)
                 mean.add(terms, logits, labels)
-            row, test = mean.row(), evaluate(student, data.test, arguments)
+            row, test = mean.row(), score(student, data.test, arguments)
         record.close_epoch({"stage": stage, "student_epoch": epoch + 1, "lr": lr,
                             **dict.fromkeys(TERMS), **row, "test": test}, len(plan), lines)
     seconds = {stage: sum(row["s"] for row in record.rows if row["stage"] == stage)
@@ -620,10 +662,11 @@ def confidences(augmenter, teacher, student, data, arguments):
     draws, found = torch.Generator().manual_seed(arguments.seed), 0
     with evaluating(teacher, student):
         for images, labels in data.test.batches(10):
-            augmented = augmenter(images, draws)
+            augmented, y = augment(augmenter, images, labels, draws)
             with autocast(arguments):
                 logits = teacher(augmented).float(), student(augmented).float()
-            found += len(labels) * torch.stack([true_class(one, labels) for one in logits])
+            y, *logits = known(y, *logits)
+            found += len(labels) * torch.stack([true_class(one, y) for one in logits])
     return (found / len(data.test)).tolist()
 
 
@@ -637,11 +680,18 @@ def measures(student, teacher, augmenter, blocks, data, arguments):
 
 
 def save_grid(augmenter, data, seed, path):
-    """A PNG of eight rows: a training image, the 14 operations alone on it, four draws of x~."""
+    """A PNG of eight rows: a training image, the 14 operations alone on it, four draws of x~.
+
+    Of segmentation the image and the four draws, with their labels laid over.
+    """
     from torchvision.utils import save_image
 
     draws = torch.Generator().manual_seed(seed)
-    images, _ = next(data.train.augmented(8, draws))
+    images, labels = next(data.train.augmented(8, draws))
+    if labels.ndim > 1:
+        pairs = [(images, labels), *(augmenter(images, draws, labels) for _ in range(4))]
+        shown = torch.stack([painted(*pair, augmenter) for pair in pairs], 1).flatten(0, 1)
+        return save_image(shown, path, nrow=len(pairs))
     m = [*augmenter.magnitudes(), *[None] * (len(OPERATIONS) - MOVABLE)]
     with torch.no_grad():
         columns = [images, *(augmenter.transform(i, images, m[i], draws) for i in range(len(m))),
@@ -650,7 +700,140 @@ def save_grid(augmenter, data, seed, path):
     save_image(to_bytes(shown, augmenter.mean, augmenter.std) / 255, path, nrow=len(columns))
 
 
-# ----------------------------------------------------------------------------------------- 4. flags
+# ---------------------------------------------------------------------------------- 4. segmentation
+SCENES = 1000, 500  # images of four shapes, to train on and to test on
+SIDES = {"shapes": 32, "voc": 128, "cityscapes": 128}  # unless --image-size says otherwise
+ERASED = {"recognition": 1.0, "segmentation": 0.25}
+
+
+def augment(augmenter, images, labels, draws):
+    """(x~, its labels): those of images stay, those of pixels (B,H,W) move with them."""
+    if labels.ndim == 1:
+        return augmenter(images, draws), labels
+    return augmenter(images, draws, labels)
+
+
+def known(labels, *logits):
+    """Labels (P,), logits (P,C) each, of all P pixels that have one; of images as they are."""
+    if labels.ndim == 1:
+        return labels, *logits
+    where = labels >= 0  # (B,H,W)
+    return labels[where], *(z.movedim(1, 3)[where] for z in logits)
+
+
+def score(network, split, arguments):
+    """Top-1 accuracy; of pixels intersection over union, mean over the classes. In %."""
+    if arguments.task == "recognition":
+        return evaluate(network, split, arguments)
+    confusion = 0
+    with evaluating(network), autocast(arguments):
+        for images, labels in split.batches():
+            y, z = known(labels, network(images))
+            C = z.shape[1]
+            confusion = confusion + (C * y + z.argmax(1)).bincount(minlength=C * C).view(C, C)
+    both = confusion.diagonal().double()
+    union = confusion.sum(0) + confusion.sum(1) - both
+    return 100 * (both / union)[union > 0].mean().item()
+
+
+class PixelNetwork(Network):
+    """The head as a 1x1 convolution on the last feature map, then bilinear upsampling."""
+
+    def forward(self, x):
+        logits = F.conv2d(self.forward_features(x), self.head.weight[:, :, None, None],
+                          self.head.bias)  # (B,C,h,w)
+        return F.interpolate(logits, x.shape[2:], mode="bilinear")  # (B,C,H,W)
+
+
+class PixelSplit(Split):
+    """A Split whose labels are codes of pixels, (N,H,W) uint8; its batches have labels (B,H,W)."""
+
+    def batches(self, batch_size=None):
+        for images, codes in super().batches(batch_size):
+            yield images, decoded(codes)
+
+    def augmented(self, batch_size, generator):
+        mean, std = (torch.cat([value, torch.full_like(value[:1], last)])
+                     for value, last in ((self.mean, 0), (self.std, 1 / 255)))
+        joined = Split(torch.cat([self.images, self.labels[:, None]], 1), self.labels, mean, std)
+        for both, _ in joined.augmented(batch_size, generator):  # labels are cropped and flipped
+            yield both[:, :3], decoded(both[:, 3].round())  # what the crop adds is unknown
+
+
+class PixelData(Data):
+    def build(self, name, seed=0):
+        network = super().build(name, seed)
+        return PixelNetwork(network.stem, network.stages, network.neck, network.head)
+
+
+def scenes(count, size, seed):
+    """Four shapes an image, each in its quarter: (N,3,S,S) uint8, codes (N,S,S) uint8."""
+    images, labels, masks = make_shapes(4 * count, size // 2, seed)
+    codes = torch.where(masks, labels[:, None, None] + 2, 1)  # class 0 is the background
+    tiles = torch.cat([images, codes[:, None].byte()], 1).view(count, 2, 2, 4, size // 2, size // 2)
+    both = tiles.permute(0, 3, 1, 4, 2, 5).reshape(count, 4, size, size)
+    return both[:, :3], both[:, 3]
+
+
+def read_scenes(name, folder, size):
+    """(train, test, names) of VOC 2012 or Cityscapes, as torchvision reads them, resized."""
+    from torchvision import datasets
+    codes = np.zeros(256, np.uint8)  # of the values in the files of labels
+    try:
+        if name == "voc":
+            from torchvision.models.segmentation import FCN_ResNet50_Weights
+            names = FCN_ResNet50_Weights.DEFAULT.meta["categories"]
+            codes[:len(names)] = np.arange(len(names)) + 1  # 255, the outlines, stays unknown
+            parts = [datasets.VOCSegmentation(folder, image_set=part) for part in ("train", "val")]
+        else:
+            kinds = [kind for kind in datasets.Cityscapes.classes if not kind.ignore_in_eval]
+            names = [kind.name for kind in kinds]
+            codes[[kind.id for kind in kinds]] = np.arange(len(kinds)) + 1
+            parts = [datasets.Cityscapes(folder, part, target_type="semantic")
+                     for part in ("train", "val")]
+        read = [[(np.array(image.resize((size, size), 2)),
+                  codes[np.array(labels.resize((size, size), 0))]) for image, labels in part]
+                for part in parts]
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"{name} is damaged or missing in {folder} ({error}); name the folder of "
+                         "its unpacked archives with --data") from None
+    train, test = ([torch.from_numpy(np.stack(one)) for one in zip(*part)] for part in read)
+    return (train[0].movedim(3, 1), train[1]), (test[0].movedim(3, 1), test[1]), names
+
+
+def load_scenes(arguments):
+    """`load_data` for --task segmentation; --train-fraction takes images, drawn by the seed."""
+    name, size = arguments.dataset, arguments.image_size or SIDES[arguments.dataset]
+    if name == "shapes":
+        train, test = (scenes(count, size, seed) for seed, count in enumerate(SCENES))
+        names = ["background", *(f"{fill} {outline}" for outline in OUTLINES
+                                 for fill in ("solid", "hollow"))]
+    else:
+        train, test, names = read_scenes(name, arguments.data or Path("data"), size)
+    generator = torch.Generator().manual_seed(arguments.seed)
+    count = max(2, round(arguments.train_fraction * len(train[1])))
+    chosen = torch.randperm(len(train[1]), generator=generator)[:count].sort().values
+    train = [value[chosen] for value in train]
+    pixels = train[0].float() / 255
+    mean, std = pixels.mean((0, 2, 3)), pixels.std((0, 2, 3))
+    train, test = (PixelSplit(*(value.contiguous().to(arguments.device) for value in (
+        *part, mean.view(3, 1, 1), std.view(3, 1, 1)))) for part in (train, test))
+    print(f"{name}: {count} training, {len(test)} test images of {size}x{size}, the pixels of "
+          f"{len(names)} classes; seed {arguments.seed}, {arguments.device}")
+    return PixelData(name, train, None, test, None, names, size, tuple(mean.tolist()),
+                     tuple(std.tolist()))
+
+
+def painted(images, labels, augmenter):
+    """Pixels (B,3,H,W) in [0,1], labels laid over: unknown black, the background as it is."""
+    rgb = to_bytes(images.detach(), augmenter.mean, augmenter.std) / 255
+    colours = torch.rand(256, 3, generator=torch.Generator().manual_seed(0)).to(rgb)
+    over = colours[labels.clamp(min=0)].movedim(3, 1)
+    return torch.where((labels > 0)[:, None], 0.4 * rgb + 0.6 * over,
+                       rgb * (labels == 0)[:, None])
+
+
+# ----------------------------------------------------------------------------------------- 5. flags
 REAL = {**SMALL, "fit_steps": 500, "temperature": 4.0, "drops": (5 / 8, 3 / 4, 7 / 8)}
 DEFAULTS = {  # by data set; all but nesterov and the drops of the rate (CODE) are flags
     "shapes": {**REAL, **SHAPES},
@@ -661,15 +844,31 @@ DEFAULTS = {  # by data set; all but nesterov and the drops of the rate (CODE) a
                  "fit_steps": 2000, "batch_size": 256, "learning_rate": 0.3, "weight_decay": 1e-4,
                  "temperature": 1.0, "drops": (0.4, 0.7)},
 }
+SEGMENTATION = {  # what --task segmentation changes: temperature and weight are CODE's
+    "shapes": {"temperature": 1.0, "weight": 1.5, "batch_size": 16},
+    "voc": {**REAL, "teacher": "resnet50", "student": "resnet18", "epochs": 60, "batch_size": 16,
+            "learning_rate": 0.01, "temperature": 1.0, "weight": 1.5},
+}
+SEGMENTATION["cityscapes"] = SEGMENTATION["voc"]
 COLUMNS = {"test": ".2f", "best": ".2f", "T_before": ".3f", "S_before": ".3f", "T_after": ".3f",
            "S_after": ".3f", "T_end": ".3f", "S_end": ".3f", "rank1": ".1f", "verification": ".1f",
            "k_images": ".1f", "k_searched": ".1f", "epochs": ".0f", "fit": ".0f", "seconds": ".0f"}
 
 
+def defaults(arguments):
+    """The flags of a data set and a task."""
+    flags = {"weight": 1.0, **DEFAULTS.get(arguments.dataset, SEGMENTATION["voc"])}
+    if arguments.task == "segmentation":
+        flags |= SEGMENTATION.get(arguments.dataset, {})
+    return flags
+
+
 def parse_args(argv=None):
-    parser = base_parser(__doc__.splitlines()[0], DEFAULTS)
+    parser = base_parser(__doc__.splitlines()[0], defaults, datasets=[*DEFAULTS | SEGMENTATION])
     positive, weight = number(float, 0, low_allowed=False), number(float, 0)
     add = parser.add_argument_group("TST").add_argument
+    add("--task", choices=("recognition", "segmentation"), default="recognition",
+        help="segmentation: pixels of shapes, voc (VOC 2012) or cityscapes (default: recognition)")
     add("--augment", choices=("learned", "random", "none", "twice"), default="learned",
         help="random: theta stays 0, no search; none: plain KD on the originals; twice: on two "
              "batches of originals a step (default: learned)")
@@ -688,17 +887,23 @@ def parse_args(argv=None):
     add("--fit-steps", type=number(int, 1), metavar="N",
         help="Stage I steps of an encoder, eq. (11) (default: 500; cifar100, imagenet 2000)")
     add("--temperature", type=positive, metavar="TAU", help="eq. (16) (default: 4; imagenet 1)")
-    add("--weight", type=weight, default=1.0, metavar="W", help="eq. (16) (default: 1)")
+    add("--weight", type=weight, metavar="W", help="eq. (16) (default: 1; segmentation 1.5)")
     add("--compare", action="store_true", default=None,
         help=f"run the controls as well: student alone, {', '.join(CONTROLS)}; one table")
     arguments = parse(parser, argv)
+    readable = SEGMENTATION if arguments.task == "segmentation" else DEFAULTS
+    if arguments.dataset not in readable:
+        parser.error(f"--task {arguments.task} reads {', '.join(readable)}")
+    if arguments.task == "segmentation" and (arguments.image_size or 0) % 2:
+        parser.error("--image-size: the side of a scene of four shapes is even")
     every = arguments.compare is not None
     learned = (every or arguments.augment == "learned", "--augment learned")
     augmented = (every or arguments.augment in ("learned", "random"), "--augment learned, random")
     refuse_useless(parser, {
         "search_at": learned, "search_epochs": learned, "operations": augmented,
         "gate_temperature": augmented, "fit_steps": augmented,
-        "student_term": (arguments.augment == "learned", "--augment learned")})
+        "student_term": (arguments.augment == "learned", "--augment learned"),
+        "open_set": (arguments.task == "recognition", "--task recognition")})
     late = [epoch for epoch in arguments.search_at or () if epoch >= arguments.epochs]
     if late:
         parser.error(f"--search-at {late[0]}: epochs count from 0 to {arguments.epochs - 1}")
@@ -714,7 +919,7 @@ def main():
     if arguments.student_term != "non_saturating" and arguments.augment == "learned":
         chosen += f", {arguments.student_term}"
     for of_seed in each_seed(arguments):
-        data = load_data(of_seed)
+        data = (load_scenes if of_seed.task == "segmentation" else load_data)(of_seed)
         runs = planned_runs(of_seed, data, chosen, CONTROLS)
         alone = networks_alone(data, of_seed)
         rows = open_set_rows(data, of_seed) + reference_rows(alone, data, of_seed)
@@ -723,7 +928,8 @@ def main():
                 train(record, data, alone["teacher"][0], flags)
             rows.append({"run": name, **record.table_row()})
         tables.append(rows)
-    print_table(tables, COLUMNS, f"TST on {arguments.dataset}: last-epoch test accuracy (%); T, S: "
+    test = "mean IoU" if arguments.task == "segmentation" else "test accuracy"
+    print_table(tables, COLUMNS, f"TST on {arguments.dataset}: last-epoch {test} (%); T, S: "
                                  "confidence of teacher, student on augmented test images")
 
 

@@ -301,7 +301,7 @@ def tst(folder, result):
                      xlabel="passes over the training images")
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=7)
         pictures["series.png"] = figure
-    if not (folder / "augmenter.pt").exists():
+    if not (folder / "augmenter.pt").exists() or arguments["task"] == "segmentation":
         return pictures
 
     encoders = [script.ColorEncoder() if i < script.COLOR else script.GeometricEncoder()

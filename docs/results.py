@@ -25,41 +25,42 @@ FLAGS = "--dataset folder --data {data} --image-size 16 --train-fraction 0.4"  #
 E = 15  # epochs; trikd.py divides its own by --train-fraction: 6 / 0.4 = 15
 RCO = "rco.py --epochs 30"  # the finished teacher's epochs; for letkd.py and tst.py it is a file:
 TEACHER = "--teacher-weights {place}/cache/folder-resnet20-30-*/epoch-0030.pt"
+T = "--temperature 8"  # the grid's choice for KD, in whatever method has KD's loss
 TUNING = 9  # the seed of the grid
 GRID = {  # method -> (what is chosen, its values, the command)
     "KD": ("T", (1, 2, 4, 8), f"{RCO} --strategy kd --stage-epochs {E} --temperature VALUE"),
     "RCO": ("N, with stages of about 15 / N epochs", (2, 4, 8, 15),
-            f"{RCO} --anchors VALUE --stage-epochs LENGTH"),
+            f"{RCO} {T} --anchors VALUE --stage-epochs LENGTH"),
     "SwitOKD": ("tau", (0.5, 1, 2, 4), "switokd.py --temperature VALUE"),
     "TriKD": ("anchor weight, one generation", (0.1, 0.2, 0.5, 1),
               "trikd.py --epochs 6 --generations 1 --anchor-weight VALUE"),
     "LetKD": ("alpha, two layers", (0.1, 0.2, 0.5, 1), f"letkd.py --alpha VALUE {TEACHER}"),
-    "TST": ("operations", (1, 2, 4, 8), f"tst.py --operations VALUE {TEACHER}"),
+    "TST": ("operations", (1, 2, 4, 8), f"tst.py {T} --operations VALUE {TEACHER}"),
 }
 RUNS = {  # run -> its command; the constants are those that the grid chose
-    "kd-15": f"{RCO} --strategy kd --stage-epochs 15",
-    "kd-30": f"{RCO} --strategy kd --stage-epochs 30",
-    "kd-45": f"{RCO} --strategy kd --stage-epochs 45",
-    "kd-60": f"{RCO} --strategy kd --stage-epochs 60",
-    "kd-2b": f"tst.py --augment twice {TEACHER}",
-    "one-stage": f"{RCO} --strategy one-stage",
-    "eei": f"{RCO} --anchors 4 --stage-epochs 4",
-    "eei-60": f"{RCO} --anchors 4 --stage-epochs 15",
-    "mutual-15": "switokd.py --switch never",
-    "switokd": "switokd.py",
+    "kd-15": f"{RCO} {T} --strategy kd --stage-epochs 15",
+    "kd-30": f"{RCO} {T} --strategy kd --stage-epochs 30",
+    "kd-45": f"{RCO} {T} --strategy kd --stage-epochs 45",
+    "kd-60": f"{RCO} {T} --strategy kd --stage-epochs 60",
+    "kd-2b": f"tst.py {T} --augment twice {TEACHER}",
+    "one-stage": f"{RCO} {T} --strategy one-stage",
+    "eei": f"{RCO} {T} --anchors 4 --stage-epochs 4",
+    "eei-60": f"{RCO} {T} --anchors 4 --stage-epochs 15",
+    "mutual-15": "switokd.py --temperature 2 --switch never",
+    "switokd": "switokd.py --temperature 2",
     "mutual-30": "trikd.py --epochs 12 --generations 1 --anchor-weight 0",
     "mutual-45": "trikd.py --epochs 18 --generations 1 --anchor-weight 0",
-    "trikd": "trikd.py --epochs 6",
+    "trikd": "trikd.py --epochs 6 --anchor-weight 0.2",
     "letkd-1": f"letkd.py --layers 1 {TEACHER}",
     "letkd-2": f"letkd.py {TEACHER}",
     "unsupervised": "letkd.py --supervision none",
     "heads": f"letkd.py --alpha 0 {TEACHER}",
-    "random": f"tst.py --augment random {TEACHER}",
-    "tst": f"tst.py {TEACHER}",
+    "random": f"tst.py {T} --augment random {TEACHER}",
+    "tst": f"tst.py {T} {TEACHER}",
     # two small ones, where a method's claim lives elsewhere; 4 / 0.1 = 40 epochs
     "firing": "switokd.py --dataset shapes --epochs 24",
     "firing-never": "switokd.py --dataset shapes --epochs 24 --switch never",
-    "few-trikd": "trikd.py --train-fraction 0.1 --epochs 4 --generations 1",
+    "few-trikd": "trikd.py --train-fraction 0.1 --epochs 4 --generations 1 --anchor-weight 0.2",
     "few-mutual": "trikd.py --train-fraction 0.1 --epochs 8 --generations 1 --anchor-weight 0",
 }
 ROWS = [  # of the table: label, run, the run it is compared with

@@ -130,7 +130,7 @@ def table(printed):
 
 def readme_commands(script):
     """The commands with which README.md and docs/ call a script, without `python NAME.py`."""
-    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    pages = {ROOT / "README.md", *(ROOT / "docs").glob("*.md")} - {ROOT / "docs" / "results.md"}
     return sorted({match for page in pages for match in re.findall(
         rf"python {script}\.py(?! --help)([^`\n|]*)", page.read_text())})
 
