@@ -67,7 +67,7 @@ def test_a_graded_file(tmp_path):
     (tmp_path / "my_answer.py").write_text(text)
     code, printed = python("-m", "pytest", "-q", f"--script={tmp_path / 'my_answer.py'}", "-k",
                            "losses or anchor", "-p", "no:cacheprovider")
-    lines = {line.split()[0]: line for line in printed.splitlines() if " tests " in line}
+    lines = {line.split()[0]: line for line in printed.splitlines() if " tests" in line}
     assert code == 1 and "looks like: without T^2" in lines["kd_loss"]
     assert lines["next_anchor"].endswith("not written yet")
     passed, _, total = lines["softened_kl"].split("(1)")[1].split()[:3]
