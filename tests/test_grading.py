@@ -70,7 +70,7 @@ def test_a_graded_file(tmp_path):
     lines = {line.split()[0]: line for line in printed.splitlines() if " tests" in line}
     assert code == 1 and "looks like: without T^2" in lines["kd_loss"]
     assert lines["next_anchor"].endswith("not written yet")
-    passed, _, total = lines["softened_kl"].split("(1)")[1].split()[:3]
+    passed, _, total = lines["equal_epoch_anchors"].split("(7)")[1].split()[:3]
     assert passed == total != "0"
 
 
