@@ -252,7 +252,8 @@ def fit_decisions(features, labels, classes, per_class=8, dimensions=60, generat
 def decision_targets(features, labels, decisions):
     """Eq. (12): p_T, (B,Ck,H,W), from the teacher's features (B,D,H,W) and labels (B,).
 
-    ValueError if widths, batch or labels do not fit `decisions`. No gradients.
+    Rows k y to k y + k - 1 are class y's. ValueError if widths, batch or labels (0 to C - 1) do
+    not fit `decisions`. No gradients.
     """
     W, b, c, s_T, k = decisions
     if features.shape[1] != W.shape[1] or len(features) != len(labels) or len(c) % k:
@@ -276,7 +277,7 @@ def decision_targets(features, labels, decisions):
 def template_loss(scores, targets):
     """Eq. (13), a scalar in nats. Scores a and targets p_T (B,K,H,W); ValueError if they differ.
 
-    Only the scores get a gradient, eq. (14).
+    Only the scores get a gradient, eq. (14). p_T may hold zeros.
     """
     if scores.shape != targets.shape:
         raise ValueError(f"scores {tuple(scores.shape)} and targets {tuple(targets.shape)} must "

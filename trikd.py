@@ -112,7 +112,10 @@ class Weights(NamedTuple):
 
 # -------------------------------------------------------------------------- 1. losses and equations
 def kl_to(target_logits, logits, temperature=1.0):
-    """Eq. (1), a scalar in nats; logits (B,C). Only `logits`, the learner's, get a gradient."""
+    """Eq. (1), a scalar in nats; logits (B,C), ValueError if they are not of one shape.
+
+    Only `logits`, the learner's, get a gradient.
+    """
     if target_logits.shape != logits.shape:  # broadcasting would hide it
         raise ValueError(f"logits of {tuple(target_logits.shape)} and {tuple(logits.shape)} must "
                          "have one shape")
@@ -192,8 +195,9 @@ def reference_rows(alone, data, arguments):
 
 
 def train_step(student, teacher, anchor, optimizers, images, labels, weights, arguments):
-    """One step of the triplet, eq. (4). Returns the loss terms, and the student's logits.
+    """One step of the triplet, eq. (4): one forward of each, both losses, then both updates.
 
+    Returns the loss terms without weights, T_ce, T_peer, T_anchor, S_ce and so on; z_S.
     `optimizers` and `weights`: {"student": ..., "teacher": ...}.
     """
     tau = arguments.temperature

@@ -125,7 +125,8 @@ UNKNOWN = -100  # the label of a pixel that has none; F.cross_entropy leaves it 
 def relaxed_bernoulli(logits, temperature=0.05, generator=None):
     """Eq. (3): soft gates in (0,1), the shape of `logits`; u is drawn from `generator` (CPU).
 
-    P(gate > 1/2) = sigmoid(logit). The gradient reaches `logits`. ValueError: temperature <= 0.
+    u is clamped to [1e-6, 1 - 1e-6]; P(gate > 1/2) = sigmoid(logit). The gradient reaches `logits`.
+    ValueError: temperature <= 0.
     """
     if temperature <= 0:
         raise ValueError(f"temperature = {temperature}: above 0")
@@ -334,7 +335,10 @@ class Augmenter(nn.Module):
             return from_bytes(exact(OPERATIONS[i], values, 0), self.mean, self.std).to(images)
 
     def forward(self, images, generator=None, labels=None):
-        """x~ (B,3,H,W); of pixels' `labels` (B,H,W) both, moved alike by eqs. (20), (21)."""
+        """x~ (B,3,H,W); of pixels' `labels` (B,H,W) both, moved alike by eqs. (20), (21).
+
+        Draws: 14 gates, the permutation, then noise and cutout in the order of I.
+        """
         gates = relaxed_bernoulli(self.theta_p, self.temperature, generator)  # (14,)
         # Eq. (4): I = first K entries of a random permutation of 0..13
         chosen = torch.randperm(len(OPERATIONS), generator=generator)[:self.operations]
@@ -517,7 +521,10 @@ def schedule(arguments):
 
 
 def search_step(augmenter, teacher, student, optimizer, images, labels, draws, arguments):
-    """Stage II: one step of theta. `student`: a frozen copy. Returns the terms."""
+    """Stage II: one step of theta. `student`: a frozen copy. Returns the terms.
+
+    Of pixels the norm of the whole gradient is clipped at 20, then theta to [-10, 10].
+    """
     augmented, moved = augment(augmenter, images, labels, draws)  # (B,3,H,W), (B,)
     with autocast(arguments):  # both frozen, in eval mode: gradients pass through them to x~
         t, s = teacher(augmented).float(), student(augmented).float()  # (B,C), (B,C)

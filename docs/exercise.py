@@ -41,8 +41,10 @@ def blanked(source, names):
         if ast.get_docstring(node):
             start = node.body[0].end_lineno
         indent = " " * node.body[0].col_offset
-        kept = [indent + line.strip() for line in lines[start:node.end_lineno]
-                if re.match(" +#( Eq|   )", line)]  # with the lines that go on below
+        kept, goes_on = [], False
+        for line in map(str.strip, lines[start:node.end_lineno]):
+            goes_on = line.startswith("# Eq") or goes_on and line.startswith("#")
+            kept += [indent + line] * goes_on
         lines[start:node.end_lineno] = [*kept, f"{indent}raise NotImplementedError"]
     return "\n".join(lines) + "\n"
 
