@@ -80,7 +80,7 @@ how often Stages II and III alternate.
     python tst.py --augment twice       equal compute, but for the searches: KD on 2B originals
     python tst.py --augment random      the same, x~ without learning; none: KD, half the images
     python tst.py --open-set 5          recognition of classes never trained on
-    python tst.py --task segmentation   pixels of scenes of shapes; 2 CPU cores: about 3 minutes
+    python tst.py --task segmentation   pixels of scenes of shapes; 2 CPU cores: 2 minutes
     python tst.py --dataset cifar100    resnet32x4 -> resnet8x4, 240 epochs: not yet run
 """
 
