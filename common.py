@@ -31,6 +31,7 @@ import copy
 import csv
 import gzip
 import hashlib
+import inspect
 import io
 import json
 import math
@@ -1510,8 +1511,9 @@ def train_network(name, data, learning_rates, arguments, keep=(), seed=0, title=
 
     Returns its result (see Record.finish) and {epoch: network} for the last epoch and those in
     `keep` (counted from 1), frozen, in eval mode, all states of ONE run. Cached under --cache by
-    everything that changes it: data, network, recipe, seed, precision, device, torch, and this
-    file's source. Where a state asked for was not kept, the whole run is trained again.
+    everything that changes it: data, network, recipe, seed, precision, device, torch, and the
+    source of this file and of the data's class. Where a state asked for was not kept, the whole run
+    is trained again. (Of segmentation accuracies here are those of pixels.)
     """
     epochs = len(learning_rates)
     keep = {*keep, epochs}
@@ -1522,7 +1524,9 @@ def train_network(name, data, learning_rates, arguments, keep=(), seed=0, title=
         **{flag: str(getattr(arguments, flag, None)) for flag in (
             "batch_size", "momentum", "weight_decay", "nesterov", "precision", "compile",
             "device")},
-        "torch": torch.__version__, "source": hashlib.sha1(Path(__file__).read_bytes()).hexdigest()}
+        "torch": torch.__version__, "source": hashlib.sha1(b"".join(
+            Path(file).read_bytes() for file in {__file__: 0, inspect.getfile(type(data)): 0})
+        ).hexdigest()}
     key = hashlib.sha1(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
     record = Record(arguments.cache / f"{data.name}-{name}-{epochs}-{key}", settings, True, True)
     states = {epoch: record.folder / f"epoch-{epoch:04}.pt" for epoch in sorted(keep)}

@@ -25,11 +25,12 @@ FLAGS = "--dataset folder --data {data} --image-size 16 --train-fraction 0.4"  #
 E = 15  # epochs; trikd.py divides its own by --train-fraction: 6 / 0.4 = 15
 RCO = "rco.py --epochs 30"  # the finished teacher's epochs; for letkd.py and tst.py it is a file:
 TEACHER = "--teacher-weights {place}/cache/folder-resnet20-30-*/epoch-0030.pt"
-T = "--temperature 8"  # the grid's choice for KD, in whatever method has KD's loss
 TUNING = 9  # the seed of the grid
+TAKEN = {"KD": 8, "RCO": 4, "SwitOKD": 2, "TriKD": 0.2, "LetKD": 1, "TST": 4}  # what it chose
+T = f"--temperature {TAKEN['KD']}"  # in whatever method has KD's loss
 GRID = {  # method -> (what is chosen, its values, the command)
     "KD": ("T", (1, 2, 4, 8), f"{RCO} --strategy kd --stage-epochs {E} --temperature VALUE"),
-    "RCO": ("N, with stages of about 15 / N epochs", (2, 4, 8, 15),
+    "RCO": ("N, with stages of 15 / N epochs, rounded up", (2, 3, 4, 5),
             f"{RCO} {T} --anchors VALUE --stage-epochs LENGTH"),
     "SwitOKD": ("tau", (0.5, 1, 2, 4), "switokd.py --temperature VALUE"),
     "TriKD": ("anchor weight, one generation", (0.1, 0.2, 0.5, 1),
@@ -44,41 +45,51 @@ RUNS = {  # run -> its command; the constants are those that the grid chose
     "kd-60": f"{RCO} {T} --strategy kd --stage-epochs 60",
     "kd-2b": f"tst.py {T} --augment twice {TEACHER}",
     "one-stage": f"{RCO} {T} --strategy one-stage",
-    "eei": f"{RCO} {T} --anchors 4 --stage-epochs 4",
+    "kd-restarts": f"{RCO} {T} --strategy kd --stages 4 --stage-epochs 4",
+    "eei": f"{RCO} {T} --anchors {TAKEN['RCO']} --stage-epochs 4",
     "eei-60": f"{RCO} {T} --anchors 4 --stage-epochs 15",
-    "mutual-15": "switokd.py --temperature 2 --switch never",
-    "switokd": "switokd.py --temperature 2",
+    "mutual-15": f"switokd.py --temperature {TAKEN['SwitOKD']} --switch never",
+    "switokd": f"switokd.py --temperature {TAKEN['SwitOKD']}",
     "mutual-30": "trikd.py --epochs 12 --generations 1 --anchor-weight 0",
     "mutual-45": "trikd.py --epochs 18 --generations 1 --anchor-weight 0",
-    "trikd": "trikd.py --epochs 6 --anchor-weight 0.2",
-    "letkd-1": f"letkd.py --layers 1 {TEACHER}",
-    "letkd-2": f"letkd.py {TEACHER}",
+    "trikd": f"trikd.py --epochs 6 --anchor-weight {TAKEN['TriKD']}",
+    "letkd-1": f"letkd.py --layers 1 --alpha {TAKEN['LetKD']} {TEACHER}",
+    "letkd-2": f"letkd.py --alpha {TAKEN['LetKD']} {TEACHER}",
     "unsupervised": "letkd.py --supervision none",
     "heads": f"letkd.py --alpha 0 {TEACHER}",
-    "random": f"tst.py {T} --augment random {TEACHER}",
-    "tst": f"tst.py {T} {TEACHER}",
+    "random": f"tst.py {T} --augment random --operations {TAKEN['TST']} {TEACHER}",
+    "tst": f"tst.py {T} --operations {TAKEN['TST']} {TEACHER}",
     # two small ones, where a method's claim lives elsewhere; 4 / 0.1 = 40 epochs
     "firing": "switokd.py --dataset shapes --epochs 24",
     "firing-never": "switokd.py --dataset shapes --epochs 24 --switch never",
-    "few-trikd": "trikd.py --train-fraction 0.1 --epochs 4 --generations 1 --anchor-weight 0.2",
+    "few-trikd": "trikd.py --train-fraction 0.1 --epochs 4 --generations 1 --anchor-weight "
+                 f"{TAKEN['TriKD']}",
     "few-mutual": "trikd.py --train-fraction 0.1 --epochs 8 --generations 1 --anchor-weight 0",
 }
-ROWS = [  # of the table: label, run, the run it is compared with
-    ("teacher, alone", "teacher-30", None),
-    ("student alone", "alone-15", "kd-15"), ("student alone", "alone-30", "kd-30"),
-    ("student alone", "alone-45", "kd-45"),
-    ("KD", "kd-15", None), ("KD", "kd-30", None), ("KD", "kd-45", None), ("KD", "kd-60", None),
-    ("KD, 2B images a step", "kd-2b", "kd-15"),
-    ("RCO, one-stage", "one-stage", "kd-30"), ("RCO, eei, equal compute", "eei", "kd-15"),
-    ("RCO, eei, as in the paper", "eei-60", "kd-60"),
-    ("mutual learning", "mutual-15", "kd-15"), ("SwitOKD", "switokd", "kd-15"),
-    ("mutual learning", "mutual-30", "kd-30"), ("TriKD, generation 1", "trikd 1", "kd-30"),
-    ("mutual learning", "mutual-45", "kd-45"), ("TriKD, generation 2", "trikd 2", "kd-45"),
-    ("LetKD-1", "letkd-1", "kd-15"), ("LetKD-2", "letkd-2", "kd-15"),
-    ("unsupervised layers", "unsupervised", "kd-15"), ("auxiliary heads", "heads", "kd-15"),
-    ("random augmentation, 2B images", "random", "kd-2b"), ("TST, 2B images", "tst", "kd-2b"),
+ROWS = [  # of the table: label, run, KD with as many epochs, the method's own control
+    ("teacher, alone", "teacher-30", None, None),
+    ("student alone", "alone-15", "kd-15", None), ("student alone", "alone-30", "kd-30", None),
+    ("student alone", "alone-45", "kd-45", None),
+    ("KD", "kd-15", None, None), ("KD", "kd-30", None, None), ("KD", "kd-45", None, None),
+    ("KD", "kd-60", None, None), ("KD, 4 stages", "kd-restarts", "kd-15", None),
+    ("KD, 2B images", "kd-2b", "kd-15", None),
+    ("RCO, one-stage", "one-stage", "kd-30", None),
+    ("RCO, eei, equal compute", "eei", "kd-15", "kd-restarts"),
+    ("RCO, eei, as in the paper", "eei-60", "kd-60", None),
+    ("never paused (switokd.py)", "mutual-15", "kd-15", None),
+    ("SwitOKD", "switokd", "kd-15", "mutual-15"),
+    ("mutual learning (trikd.py)", "mutual-30", "kd-30", None),
+    ("TriKD, generation 1", "trikd 1", "kd-30", "mutual-30"),
+    ("mutual learning (trikd.py)", "mutual-45", "kd-45", None),
+    ("TriKD, generation 2", "trikd 2", "kd-45", "mutual-45"),
+    ("unsupervised layers", "unsupervised", "kd-15", None),
+    ("auxiliary heads", "heads", "kd-15", None), ("LetKD-1", "letkd-1", "kd-15", "heads"),
+    ("LetKD-2", "letkd-2", "kd-15", "heads"),
+    ("random augmentation, 2B images", "random", "kd-2b", None),
+    ("TST, 2B images", "tst", "kd-2b", "random"),
 ]
-SMALL = {  # table: its rows as above, and columns from the runs' measures
+NAMES = {run: label for label, run, *_ in ROWS}
+SMALL = {  # table: rows of label, run, control; and columns from the runs' measures
     "firing": ([("never paused", "firing-never", None), ("SwitOKD", "firing", "firing-never")],
                ("teacher", "paused", "switches")),
     "few": ([("student alone", "alone-40", None), ("student alone", "alone-80", "few-mutual"),
@@ -95,7 +106,7 @@ def commands(data, folder, seed):
         runs = {f"{method}-{value}": command.replace("VALUE", str(value)).replace(
                     "LENGTH", str(math.ceil(E / value)))
                 for method, (_, values, command) in GRID.items() for value in values}
-        data = f"{data}/train"  # whose test part are 10,000 training images that no run trains on
+        data = f"{data}/train"  # whose test part are 10,000 images on which no run of it trains
     place = f"{folder}/seed-{seed}"
     return [line(command, data, seed, place, f"{place}/{name}") for name, command in runs.items()]
 
@@ -105,55 +116,61 @@ def line(command, data, seed, place, out):
     script, _, own = command.partition(" ")
     shared = "" if "--dataset" in own else FLAGS.format(data=data) + " "
     own = own.format(place=place) + " " if own else ""
-    return f"python {script} {shared}{own}--seed {seed} --cache {place}/cache --out {out}"
+    return f"python {script} {shared}{own}--seed {seed} --cache {place}/cache --resume --out {out}"
 
 
 # ---------------------------------------------------------------------------------------- records
-def kept(name, result):
+def kept(name, result, alone=None):
     """{name: what the tables need of a result.json}, of two generations of TriKD one each.
 
-    student, teacher: [images forward, images backward] through them; an anchor is a student.
+    student, teacher: images that went [forward, backward, backward to the image alone] through
+    them in training; an anchor with a weight is a student. `alone`: the record of TriKD's A_0.
     """
+    import letkd
     from common import build_model
-    from letkd import cost
     rows, images, measures = (result.get(key, {}) for key in ("rows", "images", "measures"))
     arguments, script, epochs = result["arguments"], result["script"], len(rows)
-    seen = sum(round(row["img/s"] * row["s"]) for row in rows)
-    fastest = {}  # of each stage: what else the machine does makes single epochs slow
-    for row in rows:
-        fastest[row.get("stage")] = min(row["s"], fastest.get(row.get("stage"), math.inf))
-    student, teacher = [seen, seen], [images.get("teacher forward", 0), 0]
+    facts = arguments.get("data", arguments)  # of one of the cache they stand alone
+    classes, size = facts["classes"], facts["image_size"]
+    classes = len(classes) if isinstance(classes, list) else classes
     names = [arguments.get("network") or arguments["student"], arguments.get("teacher", "resnet20")]
-    (parameters, of_student), (_, of_teacher) = (  # switokd.py has lists of names
-        cost(build_model(str(name).strip("[']"), 10, 16), 16) for name in names)
-    multiply_adds = [of_student, of_teacher]
-    if script == "letkd" and images:
-        parameters, multiply_adds[0] = measures["params"], measures["madds"]
+    (parameters, of_student), (_, of_teacher) = (  # (switokd.py has lists of names)
+        letkd.cost(build_model(str(name).strip("[']"), classes, size), size) for name in names)
+    if script == "letkd" and images:  # auxiliary heads are trained, but not deployed
+        parameters, layers = measures["params"], arguments["layers"]
+        inter = classes * arguments["per_class"] if layers == 2 else 0
+        _, of_student = letkd.cost(letkd.build_student(
+            arguments["student"], classes, size, inter, arguments["words"]), size)
+    seen = sum(round(row["img/s"] * row["s"]) for row in rows)
+    student, teacher = [seen, seen, 0], [images.get("teacher forward", 0), 0, 0]
     if script == "switokd" and images:
-        teacher = [seen, seen * images["teacher backward, share"]]
+        teacher = [seen, seen * images["teacher backward, share"], 0]
     if script == "tst" and images:
         both, epochs = images["both forward and backward to the image"], arguments["epochs"]
-        student = [images["student forward and backward"] + both] * 2
-        teacher = [images["teacher forward"] + both, both]
+        taught = images["student forward and backward"]
+        student, teacher = [taught + both, taught, both], [taught + both, 0, both]
+    fastest = {}  # seconds of each stage's epochs: what else the machine does makes some slow
+    for row in rows:
+        fastest[row.get("stage")] = min(row["s"], fastest.get(row.get("stage"), math.inf))
     record = {
         "arguments": {key: value for key, value in arguments.items()
                       if key not in ("data", "rates", "statistics", "train", "test")},
         **{key: result[key] for key in ("commit", "torch", "threads")},
-        "test": result["last_test"], "tests": [row["test"] for row in rows], "epochs": epochs,
-        "student": student, "teacher": teacher, "multiply_adds": multiply_adds,
-        "parameters": parameters, "measures": measures,
-        "seconds": round(sum(fastest[row.get("stage")] for row in rows), 1)}
+        "test": result["last_test"], "epochs": epochs, "student": student, "teacher": teacher,
+        "multiply_adds": [of_student, of_teacher], "parameters": parameters,
+        "measures": measures, "seconds": round(sum(fastest[row.get("stage")] for row in rows), 1)}
     if script != "trikd" or not images:
         return {name: record}
-    found, share = {}, len(rows) // len(result["generations"])
+    found, G = {}, len(result["generations"])
+    anchored = arguments["anchor_weight"] not in ("[0.0]", "[0]")
     for g, one in enumerate(result["generations"], 1):
-        done, before = seen * g * share // len(rows), result["before"]["epochs"]
-        first = done // (g * share) * before  # of A_0
-        found[f"{name} {g}".removesuffix(" 1" * (len(rows) == share))] = {
-            **record, "test": one["test"], "measures": one, "epochs": before + g * share,
-            "student": [first + 2 * done, first + done], "teacher": [done, done],
-            "seconds": round(record["seconds"] * g * share / len(rows)
-                             + result["before"]["seconds"], 1)}
+        done, first = seen * g // G, seen // G * bool(result["before"]["epochs"])  # of A_0
+        found[f"{name} {g}" if G > 1 else name] = {
+            **record, "test": one["test"], "measures": one,
+            "epochs": result["before"]["epochs"] + epochs * g // G,
+            "student": [first + done * (1 + anchored), first + done, 0],
+            "teacher": [done, done, 0],
+            "seconds": round(record["seconds"] * g / G + (alone["seconds"] if first else 0), 1)}
     return found
 
 
@@ -162,12 +179,18 @@ def collect(folder):
     RECORDS.mkdir(exist_ok=True)
     for place in sorted(folder.glob("seed-*")):
         seed, found = int(place.name.removeprefix("seed-")), {}
-        for path in sorted([*place.glob("*/result.json"), *place.glob("cache/*/result.json")]):
-            result, name = json.loads(path.read_text()), path.parent.name
-            if "network" in result["arguments"]:  # one of the cache: the teacher, a student alone
-                kind = {seed: "alone", seed + 1000: "teacher"}[result["arguments"]["seed"]]
-                name = f"{kind}-{len(result['rows'])}"
+        for path in sorted(place.glob("cache/*/result.json")):  # the teacher, students alone
+            result = json.loads(path.read_text())
+            kind = {seed: "alone", seed + 1000: "teacher"}[result["arguments"]["seed"]]
+            name = f"{kind}-{len(result['rows'])}"
+            if name in found:
+                sys.exit(f"results.py: error: {place}/cache holds {name} twice: a cache for each "
+                         "commit, please")
             found |= kept(name, result)
+        for path in sorted(place.glob("*/result.json")):
+            result = json.loads(path.read_text())
+            first = result.get("before", {}).get("epochs")
+            found |= kept(path.parent.name, result, found.get(f"alone-{first}"))
         lines = [f"{json.dumps(name)}: {json.dumps(record)}" for name, record in found.items()]
         (RECORDS / f"{place.name}.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
@@ -179,7 +202,8 @@ def records():
 
 
 # ----------------------------------------------------------------------------------------- tables
-QUANTILES = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t, 97.5 %, by the number of seeds
+QUANTILES = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306,
+             10: 2.262}  # Student's t, 97.5 %, by the number of seeds
 
 
 def spread(values):
@@ -200,9 +224,10 @@ def difference(ours, theirs):
 
 
 def compute(record):
-    """Multiply-adds of the training: forward 1, backward 2 of a network's."""
-    return sum(madds * (forward + 2 * backward) for madds, (forward, backward) in zip(
-        record["multiply_adds"], (record["student"], record["teacher"])))
+    """Multiply-adds of the training: forward 1, backward 2, backward to the image alone 1."""
+    return sum(madds * (forward + 2 * backward + image)
+               for madds, (forward, backward, image) in zip(
+                   record["multiply_adds"], (record["student"], record["teacher"])))
 
 
 def markdown(header, lines):
@@ -210,59 +235,63 @@ def markdown(header, lines):
     return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows)
 
 
-def rows_of(found, rows):
-    """(label, `against`, records of the seeds that have both, the difference) of each row."""
-    for label, run, against in rows:
-        both = [(one[run], one.get(against)) for seed, one in found.items() if seed != TUNING
-                and run in one and (against is None or against in one)]
-        if both:
-            ours, theirs = zip(*both)
-            yield label, against or "-", ours, difference(
-                [record["test"] for record in ours],
-                [record["test"] for record in theirs]) if against else "-"
+def of_row(found, run, *others):
+    """The records of the seeds that have `run`; and the differences of `run` to the others."""
+    seeds = [one for seed, one in found.items() if seed != TUNING and run in one]
+    gaps = []
+    for other in others:
+        pairs = [(one[run]["test"], one[other]["test"]) for one in seeds if other in one]
+        gaps.append(difference(*zip(*pairs)) if pairs else "-")
+    return [one[run] for one in seeds], gaps
 
 
 def main_tables(found):
     """(the table of the page, its short form)."""
     long, short = [], []
-    for label, against, ours, gap in rows_of(found, ROWS):
+    for label, run, kd, control in ROWS:
+        ours, (gap, own_gap) = of_row(found, run, kd, control)
+        if not ours:
+            continue
         thousand = [f"{statistics.mean(r[who][0] for r in ours) / 1000:.0f}, "
-                    f"{statistics.mean(r[who][1] for r in ours) / 1000:.0f}"
+                    f"{statistics.mean(r[who][1] + r[who][2] for r in ours) / 1000:.0f}"
                     for who in ("student", "teacher")]
         first = [label, ours[0]["epochs"], spread([record["test"] for record in ours]), gap]
         work = f"{statistics.mean(map(compute, ours)) / 1e12:.1f}"
         seconds = statistics.median(record["seconds"] for record in ours)
-        long.append([*first, against, *thousand, work, f"{seconds:.0f}",
+        own_gap += f" ({NAMES[control]})" if control and own_gap != "-" else ""
+        long.append([*first, own_gap, *thousand, work, f"{seconds:.0f}",
                      f"{ours[0]['parameters']:,}", len(ours)])
-        short.append([*first, work])
-    return (markdown(["run", "epochs", "accuracy", "difference [95 %]", "against",
+        short.append([*first, own_gap, work])
+    return (markdown(["run", "epochs", "accuracy", "to KD", "to its control",
                       "student: images forward, backward (thousands)", "teacher: the same",
                       "multiply-adds (10^12)", "seconds", "parameters", "seeds"], long),
-            markdown(["run", "epochs", "accuracy", "difference to KD [95 %]",
+            markdown(["run", "epochs", "accuracy", "to KD [95 %]", "to its control [95 %]",
                       "multiply-adds (10^12)"], short))
 
 
 def small_table(found, rows, columns):
     lines = []
-    for label, against, ours, gap in rows_of(found, rows):
-        measures = [[r["measures"][name] for r in ours if name in r["measures"]]
-                    for name in columns]
-        lines.append([label, ours[0]["epochs"], spread([r["test"] for r in ours]), gap, against,
-                      *(spread(values) if values else "-" for values in measures),
-                      f"{statistics.median(r['seconds'] for r in ours):.1f}", len(ours)])
-    return markdown(["run", "epochs", "accuracy", "difference [95 %]", "against", *columns,
-                     "seconds", "seeds"], lines)
+    for label, run, control in rows:
+        ours, (gap,) = of_row(found, run, control)
+        if ours:
+            measures = [[r["measures"][name] for r in ours if name in r["measures"]]
+                        for name in columns]
+            lines.append([label, ours[0]["epochs"], spread([r["test"] for r in ours]), gap,
+                          *(spread(values) if values else "-" for values in measures),
+                          f"{statistics.median(r['seconds'] for r in ours):.1f}", len(ours)])
+    return markdown(["run", "epochs", "accuracy", "difference", *columns, "seconds", "seeds"],
+                    lines)
 
 
 def tuning_table(of_seed):
-    """The grid; the best value of each method is bold."""
+    """The grid; the value that was taken is bold."""
     lines = []
     for method, (constant, values, _) in GRID.items():
         tests = [of_seed.get(f"{method}-{value}", {}).get("test") for value in values]
-        best = max((test for test in tests if test is not None), default=None)
-        lines.append([method, constant, *(
-            f"{value}: " + ("-" if test is None else f"**{test:.2f}**" if test == best
-                            else f"{test:.2f}") for value, test in zip(values, tests))])
+        cells = [f"{value}: " + ("-" if test is None else f"{test:.2f}")
+                 for value, test in zip(values, tests)]
+        lines.append([method, constant, *(f"**{cell}**" if value == TAKEN[method] else cell
+                                          for value, cell in zip(values, cells))])
     return markdown(["method", "constant", *["value: accuracy"] * 4], lines)
 
 
@@ -271,7 +300,8 @@ def blocks():
     found = records()
     long, short = main_tables(found)
     flags, teacher = FLAGS.format(data="cifar10"), TEACHER.format(place="$P")
-    listing = ["P=runs/results/seed-0", f'F="{flags}"', f'T="{teacher}"']
+    listing = ["export OMP_NUM_THREADS=1", "P=runs/results/seed-0",
+               f'F="{flags}"', f'T="{teacher}"']
     listing += [line(command, "cifar10", 0, "$P", f"$P/{name}").replace(flags, "$F").replace(
         teacher, "$T") for name, command in RUNS.items()]
     return {"table": long, "short table": short, "tuning": tuning_table(found.get(TUNING, {})),
@@ -295,7 +325,7 @@ def plot(found):
     from matplotlib import pyplot
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
     labels = list(dict.fromkeys(label.split(",")[0].rstrip("-12") for label, *_ in ROWS))
-    for label, run, _ in ROWS:
+    for label, run, *_ in ROWS:
         points = [(compute(of_seed[run]) / 1e12, of_seed[run]["test"])
                   for seed, of_seed in found.items() if seed != TUNING and run in of_seed]
         if points:

@@ -46,7 +46,7 @@ def start(config, file):
     if config.args == config.getini("testpaths"):
         config.args = [str(ROOT / "tests" / f"test_{method}.py")]
     if config.option.tbstyle == "auto":
-        config.option.tbstyle = "no"  # the table says it; --tb short shows where
+        config.option.tbstyle, config.option.reportchars = "no", ""  # --tb short shows where
 
 
 class Grades:
@@ -117,6 +117,8 @@ def looks_like(method, name, module):
     arguments, wrong = MISTAKES[method][name]
     try:
         ours, graded = values(function, arguments)
+    except NotImplementedError:
+        return "calls one that is not written yet"
     except Exception as error:  # whatever an unfinished function raises
         return f"{type(error).__name__}: {' '.join(str(error).split())[:60]}"
     right = load(method, ROOT / f"{method}.py", f"right_{method}")

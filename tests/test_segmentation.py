@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import common
 import tst
 
-U = tst.UNKNOWN
+U = tst.NO_LABEL
 
 
 def moving(*operations):
@@ -164,7 +164,8 @@ def few_scenes(monkeypatch):
 
 def test_scenes_and_their_batches(few_scenes):
     """A quarter of a scene is a shape on background 0; crops and flips take labels along."""
-    data = tst.load_scenes(next(common.each_seed(arguments_of("--train-fraction 0.5"))))
+    data = tst.load_scenes(next(common.each_seed(arguments_of(
+        "--train-fraction 0.5 --batch-size 5"))))
     assert (data.classes, data.names[0], data.names[1], data.image_size) == (
         21, "background", "solid disc", 32)
     assert (len(data.train), len(data.test)) == (12, 10)
@@ -200,6 +201,7 @@ def test_stage_two_moves_theta_alone_and_keeps_it_in_bounds(few_scenes):
     teacher, student = (common.frozen(data.build(name)) for name in ("resnet14", "resnet8"))
     augmenter = plain_augmenter()
     augmenter.theta_m.data.fill_(30.0)
+    augmenter.theta_m.data[0] = -30.0
     augmenter.temperature = 5.0  # soft gates
     augmenter.encoders[0].f.grad = torch.full((10,), 1e6)  # what Stage I left behind is not clipped
     before = [value.clone() for net in (teacher, student) for value in net.state_dict().values()]
@@ -207,9 +209,18 @@ def test_stage_two_moves_theta_alone_and_keeps_it_in_bounds(few_scenes):
     images, labels = next(data.train.augmented(8, generator()))
     tst.search_step(augmenter, teacher, student, optimizer, images, labels, generator(),
                     arguments_of())
-    assert augmenter.theta_m.tolist() == [10.0] * 11 and augmenter.theta_p.any()
+    assert augmenter.theta_m.tolist() == [-10.0] + [10.0] * 10 and augmenter.theta_p.any()
     grads = torch.cat([augmenter.theta_m.grad, augmenter.theta_p.grad])
     assert 1e-3 < grads.norm() <= 20.001
+    steep = common.copy.deepcopy(augmenter)
+    with pytest.MonkeyPatch.context() as patch:
+        loss = tst.augmentation_loss
+        patch.setattr(tst, "augmentation_loss", lambda *args: (
+            1e5 * loss(*args)[0], *loss(*args)[1:]))
+        tst.search_step(steep, teacher, student, optimizer, images, labels, generator(),
+                        arguments_of())
+    found = torch.cat([steep.theta_m.grad, steep.theta_p.grad])
+    assert found.norm().item() == pytest.approx(20, rel=1e-3)
     after = [value for net in (teacher, student) for value in net.state_dict().values()]
     assert all(map(torch.equal, before, after))
     assert all(p.grad is None for net in (teacher, student) for p in net.parameters())
