@@ -1,5 +1,6 @@
 """tst.py --task segmentation: what moves must move together; unknown pixels; files; runs."""
 
+import importlib.util
 import itertools
 
 import numpy as np
@@ -278,7 +279,7 @@ def test_bad_input(flags, line, capsys):
 TINY = "--task segmentation --epochs 2 --batch-size 6 --fit-steps 3 "
 
 
-def test_a_run_its_controls_its_picture_and_its_resumption(run, tmp_path, few_scenes):
+def test_a_run_its_controls_its_picture_and_its_resumption(run, tmp_path, few_scenes, monkeypatch):
     found = table(run("tst", tmp_path / "whole", TINY + "--compare"))
     assert list(found) == ["teacher", "student alone", "TST", "kd", "kd twice", "random"]
     assert all(0 <= float(row["test"]) < 100 for row in found.values())
@@ -289,6 +290,10 @@ def test_a_run_its_controls_its_picture_and_its_resumption(run, tmp_path, few_sc
     picture = np.asarray(Image.open(tmp_path / "whole" / "augmented.png"))
     assert picture.shape == (8 * 34 + 2, 5 * 34 + 2, 3)
     assert (picture[2:34, 2:34] != picture[2:34, 36:68]).any()
+    if importlib.util.find_spec("matplotlib"):
+        monkeypatch.syspath_prepend(common.Path(common.__file__).parent / "docs")
+        __import__("figures").main(tmp_path / "whole")
+        assert (tmp_path / "whole" / "series.png").exists()
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         stopped(patch, tst, "search_step", 6)  # in the second search
         run("tst", tmp_path / "killed", TINY)
