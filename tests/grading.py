@@ -62,7 +62,9 @@ class Grades:
             for name in set(re.findall(r"\b(\w+)\(", text)):  # of the same file, one level
                 if inspect.isfunction(helpers.get(name)):
                     text += inspect.getsource(helpers[name])
-            self.names[item.nodeid] = set(re.findall(rf"\b{self.method}\.(\w+)", text))
+            imported = {name for name, value in helpers.items() if re.search(rf"\b{name}\b", text)
+                        and getattr(value, "__module__", "") == self.method}
+            self.names[item.nodeid] = imported | set(re.findall(rf"\b{self.method}\.(\w+)", text))
             if "run" in item.fixturenames:
                 self.names[item.nodeid] |= {"whole runs"}
 
@@ -75,12 +77,13 @@ class Grades:
         source = (ROOT / f"{self.method}.py").read_text()
         terminalreporter.section(f"{self.method}.py, function by function")
         for name, (_, numbers) in {**exercise.equations(source), "whole runs": (0, "-")}.items():
-            own = [passed for test, passed in self.passed.items()
-                   if name.split(".")[0] in self.names[test]]
-            said = "" if all(own) else looks_like(self.method, name, self.module)
+            own = {test: passed for test, passed in self.passed.items()
+                   if name.split(".")[0] in self.names[test]}
+            said = "" if all(own.values()) else looks_like(self.method, name, self.module) or (
+                "see " + next(test.split("::")[1] for test in own if not own[test]))
             if own:
-                terminalreporter.write_line(
-                    f"{name:26} {numbers:26} {sum(own):3} of {len(own):3} tests  {said}".rstrip())
+                terminalreporter.write_line(f"{name:26} {numbers:26} {sum(own.values()):3} of "
+                                            f"{len(own):3} tests  {said}".rstrip())
 
 
 def values(function, arguments):
