@@ -175,10 +175,14 @@ def kept(name, result, alone=None):
 
 
 def collect(folder):
-    """Write docs/results/seed-S.json, {run: see `kept`}, for each seed in `folder`."""
+    """Write docs/results/seed-S.json, {run: see `kept`}, for each seed in `folder`.
+
+    Runs of a seed that stand there and are not in `folder` stay: it may hold a later part of them.
+    """
     RECORDS.mkdir(exist_ok=True)
     for place in sorted(folder.glob("seed-*")):
-        seed, found = int(place.name.removeprefix("seed-")), {}
+        seed, file, found = int(place.name[5:]), RECORDS / f"{place.name}.json", {}
+        before = json.loads(file.read_text()) if file.exists() else {}
         for path in sorted(place.glob("cache/*/result.json")):  # the teacher, students alone
             result = json.loads(path.read_text())
             kind = {seed: "alone", seed + 1000: "teacher"}[result["arguments"]["seed"]]
@@ -190,9 +194,10 @@ def collect(folder):
         for path in sorted(place.glob("*/result.json")):
             result = json.loads(path.read_text())
             first = result.get("before", {}).get("epochs")
-            found |= kept(path.parent.name, result, found.get(f"alone-{first}"))
-        lines = [f"{json.dumps(name)}: {json.dumps(record)}" for name, record in found.items()]
-        (RECORDS / f"{place.name}.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
+            found |= kept(path.parent.name, result, (before | found).get(f"alone-{first}"))
+        lines = [f"{json.dumps(name)}: {json.dumps(record)}"
+                 for name, record in sorted((before | found).items())]
+        file.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
 def records():
