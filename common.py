@@ -191,7 +191,8 @@ def parse(parser, argv=None):
     if arguments.precision == "bf16" and arguments.device.type == "cpu":
         features = Path("/proc/cpuinfo")  # of the processor, where the system is Linux
         if features.exists() and "bf16" not in features.read_text():
-            print("--precision bf16: slow here, this processor emulates it (up to 10 times fp32)")
+            print("--precision bf16: slow here, this processor has no bf16: up to 10 times "
+                  "the time of fp32")
     return arguments
 
 
@@ -234,6 +235,7 @@ CHANNEL_STATISTICS = {  # mean, standard deviation of training pixels in [0,1]; 
 SHAPES_TRAIN, SHAPES_TEST = 2500, 2000  # images of the embedded set
 OUTLINES = ("disc", "ellipse", "triangle", "square", "bar", "pentagon", "cross", "flower",
             "trefoil", "cardioid")
+SHAPE_NAMES = [f"{fill} {outline}" for outline in OUTLINES for fill in ("solid", "hollow")]
 
 
 @dataclass
@@ -508,7 +510,7 @@ def _split(arguments, validation, size):
     name, folder = arguments.dataset, arguments.data or Path("data")
     if name == "shapes":
         train, test = make_shapes(SHAPES_TRAIN, size, 0)[:2], make_shapes(SHAPES_TEST, size, 1)[:2]
-        names = [f"{fill} {outline}" for outline in OUTLINES for fill in ("solid", "hollow")]
+        names = SHAPE_NAMES
     elif name == "fashionmnist":
         train, test, names = _read_fashionmnist(folder, arguments.data is None)
     else:

@@ -96,7 +96,7 @@ from itertools import islice
 from pathlib import Path
 
 from common import (
-    OUTLINES, SHAPES, SMALL, Data, InputError, Mean, Network, Split, autocast, base_parser,
+    SHAPE_NAMES, SHAPES, SMALL, Data, InputError, Mean, Network, Split, autocast, base_parser,
     compile_network, each_seed, evaluate, evaluating, folded, frozen, load_data, load_file,
     load_frozen, make_shapes, number, open_set_rows, parse, planned_runs, print_table, recognition,
     refuse_useless, run_script, save_file, sgd, sound, train_network)
@@ -822,8 +822,7 @@ def load_scenes(arguments):
     name, size = arguments.dataset, arguments.image_size or SIDES[arguments.dataset]
     if name == "shapes":
         train, test = (scenes(count, size, seed) for seed, count in enumerate(SCENES))
-        names = ["background", *(f"{fill} {outline}" for outline in OUTLINES
-                                 for fill in ("solid", "hollow"))]
+        names = ["background", *SHAPE_NAMES]
     else:
         train, test, names = read_scenes(name, arguments.data or Path("data"), size)
     generator = torch.Generator().manual_seed(arguments.seed)
@@ -906,7 +905,8 @@ def parse_args(argv=None):
         help="eq. (3) (default: 0.05)")
     add("--fit-steps", type=number(int, 1), metavar="N",
         help="Stage I steps of an encoder, eq. (11) (default: 500; cifar100, imagenet 2000)")
-    add("--temperature", type=positive, metavar="TAU", help="eq. (16) (default: 4; imagenet 1)")
+    add("--temperature", type=positive, metavar="TAU",
+        help="eq. (16) (default: 4; imagenet, segmentation 1)")
     add("--weight", type=weight, metavar="W", help="eq. (16) (default: 1; segmentation 1.5)")
     add("--compare", action="store_true", default=None,
         help=f"run the controls as well: student alone, {', '.join(CONTROLS)}; one table")

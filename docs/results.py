@@ -2,7 +2,8 @@
 
     python docs/results.py --commands DATA FOLDER SEED ...    print the commands, a line each
     python docs/results.py FOLDER    keep the records of the runs that have ended in docs/results/,
-                                     then write the tables of docs/results.md and README.md
+                                     then write the tables of docs/results.md (and README.md, if
+                                     it has a block `short table`)
     python docs/results.py           the tables alone, from docs/results/; and the plot, where
                                      matplotlib is installed
 
@@ -83,8 +84,8 @@ ROWS = [  # of the table: label, run, KD with as many epochs, the method's own c
     ("mutual learning (trikd.py)", "mutual-45", "kd-45", None),
     ("TriKD, generation 2", "trikd 2", "kd-45", "mutual-45"),
     ("unsupervised layers", "unsupervised", "kd-15", None),
-    ("auxiliary heads", "heads", "kd-15", None), ("LetKD-1", "letkd-1", "kd-15", "heads"),
-    ("LetKD-2", "letkd-2", "kd-15", "heads"),
+    ("auxiliary heads, two layers", "heads", "kd-15", None),
+    ("LetKD-1", "letkd-1", "kd-15", "heads"), ("LetKD-2", "letkd-2", "kd-15", "heads"),
     ("random augmentation, 2B images", "random", "kd-2b", None),
     ("TST, 2B images", "tst", "kd-2b", "random"),
 ]

@@ -5,19 +5,18 @@ import json
 import shlex
 import sys
 
-import pytest
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "docs"))
 import results  # noqa: E402
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/results.md"])
-def test_the_pages_hold_what_the_records_say(page):
-    text, blocks = (ROOT / page).read_text(), results.blocks()
+def test_the_page_holds_what_the_records_say():
+    text, blocks = (ROOT / "docs/results.md").read_text(), results.blocks()
     assert results.filled(text, blocks) == text  # `python docs/results.py` writes them
-    assert page == "README.md" or all(f"<!-- {name} -->\n" in text for name in blocks
-                                      if name != "short table")
+    assert all(f"<!-- {name} -->\n" in text for name in blocks if name != "short table")
+    readme = (ROOT / "README.md").read_text()  # its short table comes when the seeds are complete
+    assert results.filled(readme, blocks) == readme
     for name in blocks:  # and a number changed by hand is seen
         start = text.find(f"<!-- {name} -->\n")
         end = text.find("<!-- end -->", start)
