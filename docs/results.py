@@ -212,11 +212,12 @@ QUANTILES = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.36
              10: 2.262}  # Student's t, 97.5 %, by the number of seeds
 
 
-def spread(values):
+def spread(values, digits=2):
     """mean ± standard deviation (n - 1)."""
-    if len(values) < 2:
-        return f"{values[0]:.2f}"
-    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
+    mean = f"{statistics.mean(values):,.{digits}f}"
+    if len(set(values)) < 2 and (len(values) < 2 or not digits):  # one, or a count
+        return mean
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
 def difference(ours, theirs):
