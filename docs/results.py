@@ -58,6 +58,7 @@ RUNS = {  # run -> its command; the constants are those that the grid chose
     "letkd-2": f"letkd.py --alpha {TAKEN['LetKD']} {TEACHER}",
     "unsupervised": "letkd.py --supervision none",
     "heads": f"letkd.py --alpha 0 {TEACHER}",
+    "heads-1": f"letkd.py --layers 1 --alpha 0 {TEACHER}",
     "random": f"tst.py {T} --augment random --operations {TAKEN['TST']} {TEACHER}",
     "tst": f"tst.py {T} --operations {TAKEN['TST']} {TEACHER}",
     # two small ones, where a method's claim lives elsewhere; 4 / 0.1 = 40 epochs
@@ -84,8 +85,9 @@ ROWS = [  # of the table: label, run, KD with as many epochs, the method's own c
     ("mutual learning (trikd.py)", "mutual-45", "kd-45", None),
     ("TriKD, generation 2", "trikd 2", "kd-45", "mutual-45"),
     ("unsupervised layers", "unsupervised", "kd-15", None),
+    ("auxiliary heads, one layer", "heads-1", "kd-15", None),
     ("auxiliary heads, two layers", "heads", "kd-15", None),
-    ("LetKD-1", "letkd-1", "kd-15", "heads"), ("LetKD-2", "letkd-2", "kd-15", "heads"),
+    ("LetKD-1", "letkd-1", "kd-15", "heads-1"), ("LetKD-2", "letkd-2", "kd-15", "heads"),
     ("random augmentation, 2B images", "random", "kd-2b", None),
     ("TST, 2B images", "tst", "kd-2b", "random"),
 ]

@@ -1,5 +1,7 @@
-"""docs/results.py: the pages hold the records' numbers; the statistics; every command parses."""
+"""docs/results.py, docs/ablations.py: the pages hold the records' numbers; the statistics; every
+command parses."""
 
+import ast
 import importlib
 import json
 import shlex
@@ -8,6 +10,7 @@ import sys
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "docs"))
+import ablations  # noqa: E402
 import results  # noqa: E402
 
 
@@ -87,3 +90,48 @@ def test_records_of_every_kind_of_run(run, tmp_path, monkeypatch):
     heads, plain = found["heads"], found["kd"]  # trained with two layers, deployed without
     assert heads["parameters"] == plain["parameters"]
     assert heads["multiply_adds"][0] > plain["multiply_adds"][0]
+
+
+def test_the_pages_hold_the_ablations():
+    kept = json.loads(ablations.KEPT.read_text())
+    for script, rows in ablations.ROWS.items():
+        text = (ROOT / f"docs/{script}.md").read_text()
+        assert results.filled(text, {"removed": ablations.table(script, kept)}) == text
+        assert text.count("<!-- removed -->") == 1 and set(rows) <= set(kept), script
+        assert all(len(kept[run]["test"]) == len(ablations.SEEDS) for run in rows)
+
+
+def test_every_ablation_parses_and_changes_one_thing(tmp_path):
+    """Flags differ from the script's own run; an edit lies in the function it names."""
+    lines = ablations.commands(tmp_path)
+    for script, rows in ablations.ROWS.items():
+        source, parse = (ROOT / f"{script}.py").read_text(), importlib.import_module(script)
+        for run, (_, change, _) in rows.items():
+            command = next(line for line in lines if line.endswith(f"/{run}"))
+            _, _, path, *flags = shlex.split(command)
+            arguments = vars(parse.parse_args([*flags, "--device", "cpu"]))
+            assert arguments["seed"] == [*ablations.SEEDS] and arguments["dataset"] == "shapes"
+            if run == script:
+                own = arguments
+            elif isinstance(change, ablations.Edit):
+                changed = [node.name for node in ast.walk(ast.parse(source))
+                           if isinstance(node, ast.FunctionDef)
+                           and change.old in ast.get_source_segment(source, node)]
+                assert changed == [change.function], run
+                assert (tmp_path / path).read_text() == source.replace(change.old, change.new)
+            else:
+                assert path == f"{script}.py" and {**arguments, "out": 0} != {**own, "out": 0}, run
+
+
+def test_ablations_are_collected(run, tmp_path, monkeypatch):
+    """A run of two seeds; one that lacks a seed is left out; a table of what there is."""
+    monkeypatch.setattr(ablations, "KEPT", tmp_path / "ablations.json")
+    monkeypatch.setattr(ablations, "SEEDS", range(2))
+    run("switokd", tmp_path / "switokd", "--seed 0 1")
+    run("switokd", tmp_path / "switokd-switch/seed-0", "--switch never")
+    ablations.collect(tmp_path)
+    kept = json.loads(ablations.KEPT.read_text())
+    tests = [json.loads((tmp_path / f"switokd/seed-{seed}/result.json").read_text())["last_test"]
+             for seed in (0, 1)]
+    assert list(kept) == ["switokd"] and kept["switokd"]["test"] == tests
+    assert f"| {results.spread(tests)} |" in ablations.table("switokd", kept)
