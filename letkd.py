@@ -86,6 +86,7 @@ set by themselves: rate 0.01 and alpha 0.1, 0.2 of MobileNetV2 (PAPER).
 from __future__ import annotations
 
 import hashlib
+import inspect
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -502,7 +503,7 @@ def prepare(teacher, data, arguments):
     sides = [side for _, side in map_shapes(network, data.image_size)]
     weights = hashlib.sha1(b"".join(value.cpu().contiguous().numpy().tobytes()
                                     for value in teacher.state_dict().values())).hexdigest()
-    sources = [Path(__file__).with_name(name).read_bytes() for name in ("letkd.py", "common.py")]
+    sources = [Path(inspect.getfile(one)).read_bytes() for one in (prepare, build_model)]
     settings = [weights, sources, data.train.fingerprint(), data.mean, data.std, data.classes,
                 sides, arguments.seed, arguments.rows, arguments.words, arguments.per_class,
                 arguments.dimensions, arguments.precision, arguments.device.type,

@@ -89,6 +89,7 @@ how often Stages II and III alternate.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import math
 import time
 from functools import partial
@@ -437,7 +438,7 @@ def fitted_encoders(data, arguments):
     """
     from torchvision import __version__ as torchvision_version
 
-    sources = [Path(__file__).with_name(name).read_bytes() for name in ("tst.py", "common.py")]
+    sources = [Path(inspect.getfile(one)).read_bytes() for one in (fitted_encoders, Data)]
     settings = [data.train.fingerprint(), data.image_size, data.mean, data.std, arguments.seed,
                 arguments.fit_steps, arguments.batch_size, arguments.device.type,
                 torch.__version__, torchvision_version, sources]

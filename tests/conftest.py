@@ -3,7 +3,7 @@
 import contextlib
 import csv
 import hashlib
-import importlib
+import importlib.util
 import io
 import itertools
 import json
@@ -97,6 +97,16 @@ def shapes_data(validation=0.0, **flags):
         "dataset": "shapes", "data": None, "image_size": None, "train_fraction": 1.0, "open_set": 0,
         "mean": None, "std": None, "workers": None, "seed": 0, "batch_size": 50,
         "device": torch.device("cpu"), **flags}), validation)
+
+
+def altered(script, folder):
+    """A changed copy of a script, under another name in another folder, as a module."""
+    path = folder / f"my_{script}.py"
+    path.write_text((ROOT / f"{script}.py").read_text() + "# changed\n")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    sys.modules[path.stem] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def weights(path):

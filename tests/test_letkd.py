@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
-    ROOT, forbidden, refused, result_of, same_run, shapes_data, stopped, table, weights)
+    ROOT, altered, forbidden, refused, result_of, same_run, shapes_data, stopped, table, weights)
 from torch import nn
 from torch.nn import functional as F
 
@@ -531,6 +531,9 @@ def test_targets_are_cached_and_belong_to_their_teacher(tmp_path, monkeypatch):
         assert len([*tmp_path.glob("shapes-resnet8-targets-*.pt")]) == count
     letkd.prepare(teacher, dataclasses.replace(data, mean=(0, 0, 0)), arguments)
     assert len([*tmp_path.glob("shapes-resnet8-targets-*.pt")]) == count + 1
+    mine = altered("letkd", tmp_path)  # a changed copy, wherever it lies, has files of its own
+    mine.prepare(teacher, data, arguments)
+    assert len([*tmp_path.glob("shapes-resnet8-targets-*.pt")]) == count + 2
     inter, penult, labels = letkd.teacher_features(teacher, data, [4, 4], arguments)
     wanted = (letkd.fit_words(penult, 12, seeded(1)),
               letkd.fit_decisions(inter, labels, 20, 2, 3, seeded(1)))

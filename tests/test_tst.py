@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
-    forbidden, log, refused, result_of, same, shapes_data, stopped, table, weights)
+    altered, forbidden, log, refused, result_of, same, shapes_data, stopped, table, weights)
 from torch.nn import functional as F
 
 import common
@@ -563,6 +563,15 @@ def test_compare_prints_every_control(whole, run, tmp_path, monkeypatch):
     others = shapes_data().train.augmented(24, generator(tst.SEARCH))
     for (_, first), (images, labels) in zip(seen["twice"], others):  # other originals, not x~
         assert torch.equal(first[0], images) and torch.equal(first[1], labels)
+
+
+def test_a_changed_copy_fits_its_own_encoders(tmp_path):
+    """Whatever its name and folder; the script itself finds its own again."""
+    arguments = tst.parse_args(f"--device cpu --fit-steps 1 --cache {tmp_path}".split())
+    arguments.seed = 0
+    for count, script in ((1, tst), (2, altered("tst", tmp_path)), (2, tst)):
+        script.fitted_encoders(shapes_data(), arguments)
+        assert len([*tmp_path.glob("shapes-encoders-*.pt")]) == count
 
 
 def test_imagenet_seeds_open_set_negative_ce(run, tmp_path):
