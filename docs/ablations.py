@@ -32,29 +32,34 @@ COLUMNS = {  # script -> measures beside the accuracy: (name, digits)
     "rco": [("kl_final", 3)], "switokd": [("teacher", 2), ("paused", 1)],
     "trikd": [("teacher", 2), ("kl_ts", 3)], "letkd": [("params", 0)],
     "tst": [("T_end", 3), ("S_end", 3)]}
+ALONE = ("everything: the student alone (12)", None, "")
 ROWS = {  # script -> {run: (what is removed, flags or edit, what to expect)}
     "rco": {
         "rco": ("nothing: four anchors, three epochs each", "", ""),
         "rco-route": ("the route: every stage on the finished teacher",
                       "--strategy kd --stages 4 --stage-epochs 3",
-                      "the paper: worse; what is left are the restarts"),
-        "rco-kd": ("route and restarts", "--strategy kd", "the paper: worse"),
-        "rco-stages": ("the stages: the anchor changes within one schedule", "--strategy one-stage",
-                       "the paper: between KD and eei"),
-        "rco-equal": ("equal distances: anchors by hardness", "--strategy greedy",
-                      "the paper: as good; mind the epochs, as many as it has stages"),
-        "rco-kl": ("the teacher", "--weight 0", "worse: labels alone; `kl_final` far larger"),
-        "rco-T": ("soft targets", "--temperature 1",
-                  "less of what wrong classes tell (and `kl_final` is at T = 1)"),
+                      "by the paper's argument worse; the restarts are left"),
+        "rco-kd": ("route and restarts", "--strategy kd",
+                   "the paper: 4.5 points worse, but there eei has 4x the epochs"),
+        "rco-schedule": ("the stages: the same four anchors within one schedule",
+                         "--strategy one-stage --anchors 4",
+                         "the young anchors teach at the large rate"),
+        "rco-stages": ("the stages, with an anchor for every epoch", "--strategy one-stage",
+                       "the paper: level with EEI-4"),
+        "rco-kl": ("the teacher (the restarts stay)", "--weight 0",
+                   "worse: labels alone; `kl_final` far larger"),
+        "rco-T": ("the temperature", "--temperature 1",
+                  "less is learned of the wrong classes (`kl_final` is at T = 1, too)"),
         "rco-T2": ("T² in (2), for T = 4 a weight of 1 / 16", "--weight 0.0625",
                    "near the row without teacher"),
+        "alone-12": ALONE,
     },
     "switokd": {
         "switokd": ("nothing", "", ""),
         "switokd-switch": ("the switch: deep mutual learning", "--switch never",
                            "a better teacher; the paper: a worse student"),
         "switokd-adaptive": ("the threshold that adapts", "--switch fixed:0.6",
-                             "hardly a pause, so like the row above"),
+                             "few pauses: like `never`"),
         "switokd-epsilon": ("ε in (4): δ = s - t",
                             Edit("switching_threshold", "s - epsilon * t", "s - t"),
                             "by (10) G is never below s - t: a pause wherever t < s, so that "
@@ -63,57 +68,78 @@ ROWS = {  # script -> {run: (what is removed, flags or edit, what to expect)}
                           Edit("choose_mode", "gap > threshold and teacher_distance < "
                                "student_distance", "gap > threshold"),
                           "pauses while the student is ahead, too"),
+        "switokd-peer": ("the student's KL in (8): the teacher learns from labels alone",
+                         Edit("train_step", "peer != own and (peer, own) not in expert",
+                              "peer != own and own in students"),
+                         "a larger gap, so more pauses"),
         "switokd-online": ("learning together: a finished teacher", "--switch kd",
-                           "the paper: worse; the teacher costs its own training"),
+                           "by the paper's argument worse; the teacher has its own 12 epochs"),
+        "alone-12": ALONE,
     },
     "trikd": {
-        "trikd": ("nothing: anchor, then two generations (36 student epochs)", "", ""),
+        "trikd": ("nothing: anchor, then two generations (36)", "", ""),
         "trikd-generation": ("the second generation (24)", "--generations 1", "a little worse"),
-        "trikd-anchor": ("the anchor: mutual learning (12)", "--generations 1 --anchor-weight 0",
-                         "the abstract: worse; `kl_ts` larger"),
-        "trikd-compute": ("the anchor, its epochs given to mutual learning (36)",
+        "trikd-anchor": ("the anchor, and with it the chain: mutual learning (12)",
+                         "--generations 1 --anchor-weight 0",
+                         "by the abstract's argument worse; `kl_ts` larger"),
+        "trikd-compute": ("the same, its 36 epochs in one run (36)",
                           "--generations 1 --anchor-weight 0 --epochs 36",
                           "more epochs help whatever the method"),
         "trikd-teacher": ("the teacher: the anchor alone teaches (36)", "--peer none",
                           "worse, if the teacher is what teaches"),
-        "trikd-online": ("the teacher's learning beside the student (36)", "--peer finished",
-                         "the abstract: worse, a finished teacher is out of reach"),
-        "trikd-student": ("the anchor's word to the student (36)", "--anchor-on teacher",
-                          "the abstract's restriction of the teacher is all of it: the same"),
-        "trikd-fence": ("the anchor's word to the teacher (36)", "--anchor-on student",
-                        "the abstract: worse, the teacher is free; `kl_ts` larger"),
-        "trikd-back": ("the student's word to the teacher (36)", "--peer-weight 0 1",
+        "trikd-online": ("the online teacher: a finished one, without anchor or peer (36)",
+                         "--peer finished",
+                         "by the abstract's argument worse: out of the student's reach"),
+        "trikd-student": ("the anchor's term in the student's loss (36)", "--anchor-on teacher",
+                          "no worse, if to restrict the teacher is what counts"),
+        "trikd-fence": ("the anchor's term in the teacher's loss (36)", "--anchor-on student",
+                        "by the abstract's argument worse; `kl_ts` larger"),
+        "trikd-back": ("the student's term in the teacher's loss (36)", "--peer-weight 0 1",
                        "the teacher is harder to follow: `kl_ts` larger"),
+        "alone-12": ALONE, "alone-36": ("everything: the student alone (36)", None, ""),
     },
     "letkd": {
         "letkd": ("nothing: letKD-2", "", ""),
         "letkd-supervision": ("the teacher: the layers learn by CE", "--supervision none",
-                              "the paper (its Table 6): worse, near the student alone"),
+                              "the paper (Table 6, on FitNet): no better than without layers"),
         "letkd-forward": ("what is added to the features: auxiliary heads", "--alpha 0",
-                          "the paper (its Table 5): worse"),
-        "letkd-decisions": ("the decisions: letKD-1", "--layers 1", "the paper: a little worse"),
-        "letkd-words": ("the words' loss (15)",
+                          "the paper (Table 5): worse"),
+        "letkd-decisions": ("the layer of the decisions: letKD-1", "--layers 1",
+                            "the paper: a little worse"),
+        "letkd-inter": ("the decisions' loss, not their layer",
+                        Edit("train_step", 'terms["inter"] = template_loss(',
+                             'terms["inter"] = 0 * template_loss('),
+                        "near letKD-1"),
+        "letkd-words": ("the words' loss, not their layer",
                         Edit("train_step", 'terms["penult"] = template_loss(',
                              'terms["penult"] = 0 * template_loss('),
-                        "worse, a layer is unsupervised"),
-        "letkd-few": ("all but 16 of 256 words", "--words 16", "words too coarse: worse"),
-        "letkd-sub": ("sub-classes, one a class", "--per-class 1",
-                      "the decisions say only the label: worse"),
+                        "worse: most of the gain is theirs in the paper's Table 1"),
+        "letkd-few": ("all but 16 of 256 words (a smaller layer)", "--words 16",
+                      "words too coarse: worse"),
+        "letkd-sub": ("sub-classes: one a class (a smaller layer)", "--per-class 1",
+                      "one target for all places of a class: worse"),
         "letkd-relu": ("the ReLU in (2)", Edit("forward", "F.relu(self.norm(scores))",
                                                "self.norm(scores)"),
-                       "templates that do not match add their values too"),
+                       "templates that do not match take their values away"),
         "letkd-norm": ("batch norm in (2)", Edit("forward", "F.relu(self.norm(scores))",
                                                  "F.relu(scores)"),
                        "a template fires wherever its cosine is positive"),
-        "letkd-layers": ("the layers: KD on logits", "--supervision logits", "the paper: worse"),
+        "letkd-layers": ("layers and their losses: KD on logits", "--supervision logits",
+                         "the paper (Table 1): worse"),
+        "alone-12": ALONE,
     },
     "tst": {
         "tst": ("nothing", "", ""),
-        "tst-search": ("the search: θ stays at 0", "--augment random", "the paper: worse"),
+        "tst-search": ("the search: θ stays at 0", "--augment random",
+                       "by the paper's argument worse"),
         "tst-module": ("augmentation: originals twice", "--augment twice",
-                       "the paper: worse, at as many images"),
-        "tst-half": ("the second half of the batch: KD", "--augment none",
+                       "by the paper's argument worse, at as many images"),
+        "tst-half": ("the augmented half of the batch: KD", "--augment none",
                      "worse: half the images"),
+        "tst-originals": ("the originals in (17)",
+                          Edit("train_step", "torch.cat([first[0], images]), torch.cat([first[1], "
+                               "labels])", "first"),
+                          "worse: what is tested is never seen"),
         "tst-L_T": ("the teacher's term (12)",
                     Edit("augmentation_loss", "return teacher_loss + student_loss,",
                          "return student_loss,"),
@@ -122,16 +148,18 @@ ROWS = {  # script -> {run: (what is removed, flags or edit, what to expect)}
                     Edit("augmentation_loss", "return teacher_loss + student_loss,",
                          "return teacher_loss,"),
                     "images easy for both: `T_end` and `S_end` rise"),
-        "tst-term": ("the bound of the student's term: (14)", "--student-term negative_ce",
-                     "harder images, in danger of (12) losing"),
+        "tst-term": ("the bound of the student's term: (14) for (13)", "--student-term negative_ce",
+                     "harder images: `T_end` and `S_end` fall"),
         "tst-one": ("all but one operation a call", "--operations 1",
                     "images nearer to natural ones"),
         "tst-all": ("the choice of K: all 14 at once", "--operations 14",
                     "far from natural images: worse"),
-        "tst-repeat": ("the alternation: one search", "--search-at 1",
-                       "a student that has learned meets images of the old one"),
+        "tst-once": ("the second search, its pass given to the first",
+                     "--search-at 1 --search-epochs 2",
+                     "a student that has learned meets images of the old one"),
         "tst-kl": ("the teacher's logits in (16)", "--weight 0",
                    "worse: labels alone, on hard images"),
+        "alone-12": ALONE,
     },
 }
 
@@ -142,6 +170,8 @@ def commands(folder):
     lines = []
     for script, rows in ROWS.items():
         for run, (_, change, _) in rows.items():
+            if change is None:
+                continue  # of the cache of the others
             path, source = f"{script}.py", (ROOT / f"{script}.py").read_text()
             if isinstance(change, Edit):
                 if source.count(change.old) != 1:
@@ -158,17 +188,23 @@ def commands(folder):
 
 def collect(folder):
     """Write docs/results/ablations.json: {run: commit, torch, threads, measures of each seed}."""
-    kept = json.loads(KEPT.read_text()) if KEPT.exists() else {}
+    before = json.loads(KEPT.read_text()) if KEPT.exists() else {}
+    kept = {run: before[run] for rows in ROWS.values() for run in rows if run in before}
     for script, rows in ROWS.items():
-        for run in rows:
+        for run, (_, change, _) in rows.items():
             paths = [folder / run / f"seed-{seed}" / "result.json" for seed in SEEDS]
+            if change is None:  # the student alone of so many epochs, in the cache by its seed
+                found = folder.glob(f"cache/shapes-resnet8x0.5-{run[6:]}-*/result.json")
+                by_seed = {json.loads(path.read_text())["arguments"]["seed"]: path
+                           for path in found}
+                paths = [by_seed.get(seed, folder / "none") for seed in SEEDS]
             if not all(path.exists() for path in paths):
                 continue
             results = [json.loads(path.read_text()) for path in paths]
             kept[run] = {key: results[0][key] for key in ("commit", "torch", "threads")}
             kept[run]["test"] = [result["last_test"] for result in results]
             for name, _ in COLUMNS[script]:
-                values = [(result.get("generations") or [result["measures"]])[-1].get(name)
+                values = [(result.get("generations") or [result.get("measures", {})])[-1].get(name)
                           for result in results]
                 if None not in values:
                     kept[run][name] = values
@@ -182,8 +218,9 @@ def table(script, kept):
     for run, (removed, change, expected) in ROWS[script].items():
         if run not in kept:
             continue
-        how = f"in `{change.function}`: `{change.old}` → `{change.new}`" if isinstance(
-            change, Edit) else f"`{change}`" if change else ""
+        how = f"`{change}`" if change else ""
+        if isinstance(change, Edit):
+            how = f"in `{change.function}`: `{change.old}` → `{change.new}`"
         gap = difference(kept[run]["test"], kept[script]["test"]) if run != script else ""
         lines.append([removed, how, expected, spread(kept[run]["test"]), gap,
                       *(spread(kept[run][name], digits) if name in kept[run] else "-"
