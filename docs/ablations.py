@@ -87,7 +87,7 @@ ROWS = {  # script -> {run: (what is removed, flags or edit, what to expect)}
                           "more epochs help whatever the method"),
         "trikd-teacher": ("the teacher: the anchor alone teaches (36)", "--peer none",
                           "worse, if the teacher is what teaches"),
-        "trikd-online": ("the online teacher: a finished one, without anchor or peer (36)",
+        "trikd-online": ("the online teacher: a finished one in its place (36)",
                          "--peer finished",
                          "by the abstract's argument worse: out of the student's reach"),
         "trikd-student": ("the anchor's term in the student's loss (36)", "--anchor-on teacher",
