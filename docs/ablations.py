@@ -3,7 +3,8 @@
     python docs/ablations.py --commands FOLDER    print the commands, a line each (edited copies of
                                                   scripts go into FOLDER)
     python docs/ablations.py FOLDER    keep the records of the runs that have ended in
-                                       docs/results/ablations.json, then write the tables
+                                       docs/results/ablations.json, then write the tables,
+                                       README.md's among them
     python docs/ablations.py           the tables alone, from docs/results/ablations.json
 
 Two commands at once: ... | OMP_NUM_THREADS=1 xargs -P 2 -d '\\n' -n 1 sh -c
@@ -164,6 +165,13 @@ ROWS = {  # script -> {run: (what is removed, flags or edit, what to expect)}
 }
 
 
+EMBEDDED = (  # README.md's table: label, run, student epochs
+    ("student alone", "alone-12", 12), ("KD, T = 4", "rco-kd", 12),
+    ("RCO, four anchors", "rco", 12), ("SwitOKD", "switokd", 12), ("LetKD, letKD-2", "letkd", 12),
+    ("TST", "tst", "12 of 2B images"), ("KD", "tst-module", "12 of 2B images"),
+    ("TriKD, anchor and two generations", "trikd", "3 x 12"), ("student alone", "alone-36", 36))
+
+
 def commands(folder):
     """One line a run, of all seeds; an edited copy of its script is written where it needs one."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -229,6 +237,14 @@ def table(script, kept):
                      *(f"`{name}`" for name, _ in COLUMNS[script])], lines)
 
 
+def embedded(kept):
+    """README.md's table: all five methods beside KD."""
+    return markdown(["run", "student epochs", "accuracy", "to KD of 12 epochs [95 %]"],
+                    [[label, epochs, spread(kept[run]["test"]), "-" if run == "rco-kd" else
+                      difference(kept[run]["test"], kept["rco-kd"]["test"])]
+                     for label, run, epochs in EMBEDDED])
+
+
 def main(arguments):
     if arguments[:1] == ["--commands"]:
         print(*commands(Path(arguments[1])), sep="\n")
@@ -236,9 +252,9 @@ def main(arguments):
     if arguments:
         collect(Path(arguments[0]))
     kept = json.loads(KEPT.read_text())
-    for script in ROWS:
-        path = ROOT / "docs" / f"{script}.md"
-        path.write_text(filled(path.read_text(), {"removed": table(script, kept)}))
+    pages = {f"docs/{script}.md": {"removed": table(script, kept)} for script in ROWS}
+    for name, blocks in {**pages, "README.md": {"embedded": embedded(kept)}}.items():
+        (ROOT / name).write_text(filled((ROOT / name).read_text(), blocks))
 
 
 if __name__ == "__main__":

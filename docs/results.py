@@ -88,8 +88,8 @@ ROWS = [  # of the table: label, run, KD with as many epochs, the method's own c
     ("auxiliary heads, one layer", "heads-1", "kd-15", None),
     ("auxiliary heads, two layers", "heads", "kd-15", None),
     ("LetKD-1", "letkd-1", "kd-15", "heads-1"), ("LetKD-2", "letkd-2", "kd-15", "heads"),
-    ("random augmentation, 2B images", "random", "kd-2b", None),
-    ("TST, 2B images", "tst", "kd-2b", "random"),
+    ("random augmentation, one operation, 2B images", "random", "kd-2b", None),
+    ("TST, one operation, 2B images", "tst", "kd-2b", "random"),
 ]
 NAMES = {run: label for label, run, *_ in ROWS}
 SHORT = ("teacher-30", "alone-15", "kd-15", "kd-2b", "eei", "eei-60", "switokd", "trikd 1",

@@ -98,6 +98,9 @@ def test_the_pages_hold_the_ablations():
         assert results.filled(text, {"removed": ablations.table(script, kept)}) == text
         assert text.count("<!-- removed -->") == 1 and set(rows) <= set(kept), script
         assert all(len(kept[run]["test"]) == len(ablations.SEEDS) for run in rows)
+    text = (ROOT / "README.md").read_text()
+    assert results.filled(text, {"embedded": ablations.embedded(kept)}) == text
+    assert text.count("<!-- embedded -->") == 1
 
 
 def test_every_ablation_parses_and_changes_one_thing(tmp_path):
