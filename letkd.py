@@ -503,7 +503,8 @@ def prepare(teacher, data, arguments):
     sides = [side for _, side in map_shapes(network, data.image_size)]
     weights = hashlib.sha1(b"".join(value.cpu().contiguous().numpy().tobytes()
                                     for value in teacher.state_dict().values())).hexdigest()
-    sources = [Path(inspect.getfile(one)).read_bytes() for one in (prepare, build_model)]
+    files = Path(__file__), Path(inspect.getfile(build_model))  # this script, whatever its name
+    sources = [file.read_bytes() for file in files]
     settings = [weights, sources, data.train.fingerprint(), data.mean, data.std, data.classes,
                 sides, arguments.seed, arguments.rows, arguments.words, arguments.per_class,
                 arguments.dimensions, arguments.precision, arguments.device.type,

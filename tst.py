@@ -438,7 +438,8 @@ def fitted_encoders(data, arguments):
     """
     from torchvision import __version__ as torchvision_version
 
-    sources = [Path(inspect.getfile(one)).read_bytes() for one in (fitted_encoders, Data)]
+    files = Path(__file__), Path(inspect.getfile(Data))  # this script, whatever its name
+    sources = [file.read_bytes() for file in files]
     settings = [data.train.fingerprint(), data.image_size, data.mean, data.std, arguments.seed,
                 arguments.fit_steps, arguments.batch_size, arguments.device.type,
                 torch.__version__, torchvision_version, sources]

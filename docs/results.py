@@ -217,9 +217,9 @@ QUANTILES = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.36
 
 
 def spread(values, digits=2):
-    """mean ± standard deviation (n - 1)."""
+    """mean ± standard deviation (n - 1); of one seed, or of a count, without."""
     mean = f"{statistics.mean(values):,.{digits}f}"
-    if len(set(values)) < 2 and (len(values) < 2 or not digits):  # one, or a count
+    if len(values) < 2 or not digits:
         return mean
     return f"{mean} ± {statistics.stdev(values):.{digits}f}"
 

@@ -3,7 +3,7 @@
 import contextlib
 import csv
 import hashlib
-import importlib.util
+import importlib
 import io
 import itertools
 import json
@@ -101,12 +101,10 @@ def shapes_data(validation=0.0, **flags):
 
 def altered(script, folder):
     """A changed copy of a script, under another name in another folder, as a module."""
+    import grading
     path = folder / f"my_{script}.py"
     path.write_text((ROOT / f"{script}.py").read_text() + "# changed\n")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    sys.modules[path.stem] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return grading.load(script, path, path.stem)
 
 
 def weights(path):

@@ -27,7 +27,6 @@ def load(method, file, name=None):
     spec = importlib.util.spec_from_file_location(name or method, file)
     module = sys.modules[name or method] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    module.__file__ = str(ROOT / f"{method}.py")  # beside which it looks for common.py
     return module
 
 
