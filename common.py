@@ -1080,7 +1080,7 @@ def load_frozen(name, path, data, arguments):
 # ------------------------------------------------------------------------------------ 4. evaluation
 def autocast(arguments):
     """bf16 autocast with --precision bf16, otherwise a context that does nothing."""
-    if arguments.precision == "fp32":  # torch 2.4 has no autocast on mps, not even one that is off
+    if arguments.precision == "fp32":
         return nullcontext()
     return torch.autocast(arguments.device.type, torch.bfloat16)
 
@@ -1493,7 +1493,7 @@ def environment():
 def sgd(parameters, arguments):
     """SGD with the shared flags, by Nesterov's rule where the script's paper has it.
 
-    `fused` makes a step one call, not several for each tensor (torch 2.4 cannot on mps).
+    `fused` makes a step one call, not several for each tensor; on mps we have not tried it.
     """
     nesterov = arguments.momentum > 0 and getattr(arguments, "nesterov", False)
     return torch.optim.SGD(parameters, arguments.learning_rate, arguments.momentum,
@@ -1617,7 +1617,7 @@ def describe(arguments):
     Files count by their content, whatever their place.
     """
     skip = {"out", "resume", "cache", "compare", "data", "workers"}
-    found = {key: value if isinstance(value, (int, float, str, type(None))) else str(value)
+    found = {key: value if isinstance(value, (int, float, str, list, type(None))) else str(value)
              for key, value in sorted(vars(arguments).items()) if key not in skip}
     code = [path.read_bytes() for path in map(Path, (sys.argv[0], __file__)) if path.is_file()]
     found["source"] = hashlib.sha1(b"".join(code)).hexdigest()

@@ -6,8 +6,9 @@ Authors' code: adagorgun/letKD-framework (cited as CODE; nothing is copied from 
 A layer inside the student compares every location of a feature map with K templates and adds the
 semantic vectors of the matching ones back onto the features. The teacher supervises the scores:
 visual words in the layer `penult`, before the pooling; its decisions (which parts of classes its
-feature space confuses) in the layer `inter`, after the first block of the last stage. The layers
-stay at inference; teacher, words, tables and labels do not.
+feature space confuses) in the layer `inter`, after the first block of the last stage (where
+that is its only block, as in resnet8x0.5, the layers follow each other). The layers stay at
+inference; teacher, words, tables and labels do not.
 
     symbol          in code                              shape                meaning
     x, x_hat        x, x_hat                             (B,d,H,W)            features before, after
@@ -30,8 +31,8 @@ stay at inference; teacher, words, tables and labels do not.
 Order, crops and flips of the batches: one generator, `shuffle`, seeded by --seed. Others, with the
 same seed, draw the locations to fit on and the starts of k-means.
 
-Equations, numbered by this project. PAPER: in the paper or its supplement. CODE: in the authors'
-code. READING: our choice. unit(u) = u / max(||u||, 1e-12).
+Equations, numbered by this project. PAPER: in its abstract, supplement, figures or tables. CODE: in
+the authors' code. READING: our choice. unit(u) = u / max(||u||, 1e-12).
 
     (1)  a_m|i = s_q <unit(omega_m), unit(x_i)>                         PAPER, CODE
     (2)  p^_m|i = max(0, BatchNorm(a_m|i))                              PAPER, CODE
@@ -57,8 +58,8 @@ code. READING: our choice. unit(u) = u / max(||u||, 1e-12).
 The supplement prints softmax(d) in Algorithm 1 and min for argmin in Algorithm 2: slips; here
 softmax(-d) and argmin. Where gradients go: the loss of `inter` reaches the student before that
 layer and its templates and s_q, nothing else; the loss of `penult` these, BatchNorm and values of
-`inter`, the rest of the student, templates and s_q of `penult`; CE reaches everything (with alpha
-0: nothing of the layers).
+`inter`, the blocks after it, templates and s_q of `penult`, but not the head; CE reaches everything
+(with alpha 0 neither of these two reaches `inter`, nor CE `penult`).
 Capacity: the deployed student is larger than the plain one, which every table shows (layers of
 alpha 0 change nothing and are not counted). By our count, on the paper's resnet56 -> resnet20 it
 grows from 0.278 M to 0.915 M parameters, more than its teacher.
@@ -66,13 +67,14 @@ As in CODE, h1 goes by k-means centres and h2 by means, and p^ is normalised (th
 emphasis in its length). Not copied: CODE's h1 as argmax of mask (row maximum - distance), which for
 k = 1 can leave the label's class; its equal slices that lose rows; its epoch that is best on test.
 UNKNOWN: what the paper's main text states on loss weights, tau and layer places (here: CODE); best
-or last epoch behind its numbers, and what their "-+" is; batch, weight decay, tau and L outside
-CIFAR-100. READING: small data and teachers, few epochs and seeds, rate 0.1 on shapes, K = 256 words
-on small data, sampled locations, k-means in torch, L = min(dimensions, C - 1, rank), the cut of
-small eigenvalues, signs of the axes, empty sub-classes, ImageNet's batch and weight decay, the last
-batch kept (CODE drops it), black padding (CODE: reflected), one place for all networks (CODE takes
-MobileNetV2's 80 channels), last-epoch accuracy, the kd control, the fifth field of Decisions. Not
-set by themselves: rate 0.01 and alpha 0.1, 0.2 of MobileNetV2 (PAPER).
+or last epoch behind its numbers, and what their "-+" is; batch, weight decay and tau outside
+CIFAR-100, L outside the CIFARs (CODE: 8 on CIFAR-10; here 9). READING: small data and teachers, few
+epochs and seeds, rate 0.1 on shapes, K = 256 words on small data, sampled locations, k-means in
+torch, L = min(dimensions, C - 1, rank), the cut of small eigenvalues, signs of the axes, empty
+sub-classes, ImageNet's batch and weight decay, the last batch kept (CODE drops it), black padding
+(CODE: reflected), one place for all networks (CODE takes MobileNetV2's 80 channels), last-epoch
+accuracy, the kd control, the fifth field of Decisions. Not set by themselves: rate 0.01 and alpha
+0.1, 0.2 of MobileNetV2 (PAPER).
 
     python letkd.py                        embedded shapes; 2 CPU cores: 25 s + 15 s of teacher
     python letkd.py --compare              with its controls; 2 CPU cores: about 2 minutes
@@ -323,8 +325,8 @@ class CosineConv1x1(nn.Module):
     def forward(self, x):
         # Eq. (1): s_q <unit(omega_m), unit(x_i)>, both of unit length along the input channels;
         # Eq. (3): s_v <unit(V_j), unit(p^_i)>, likewise: the input channels are the K templates
-        omega = F.normalize(self.weight, dim=1).flatten(1)  # (out,in)
-        return self.scale * at_every_location(F.normalize(x, dim=1), omega)
+        unit_weight = F.normalize(self.weight, dim=1).flatten(1)  # (out,in)
+        return self.scale * at_every_location(F.normalize(x, dim=1), unit_weight)
 
 
 class KDLayer(nn.Module):
@@ -536,7 +538,7 @@ def train_step(student, teacher, targets, optimizer, images, labels, arguments):
             with torch.no_grad():  # eval mode, see `frozen`
                 z_inter = up_to_tap(teacher, images)  # (B,D,H',W')
                 z_penult = after_tap(teacher, z_inter)  # (B,D,H',W')
-                teacher_logits = teacher.forward_head(z_penult)  # (B,C)
+                teacher_logits = teacher.forward_head(z_penult)  # (B,C), for (kd) alone
         u, scores_i, scores_p = student.forward_scores(images)
         logits = student.forward_head(u).float()  # (B,C)
     terms = {"ce": F.cross_entropy(logits, labels)}
@@ -717,7 +719,7 @@ def parse_args(argv=None):
     add("--words", type=number(int, 2), metavar="K",
         help="visual words, eq. (6) (default: 256; cifar100, imagenet 4096)")
     add("--per-class", type=number(int, 1), default=8, metavar="k",
-        help="sub-classes of a class, eq. (9) (default: 8)")
+        help="sub-classes of a class, eq. (9), fitted for --layers 1 too (default: 8)")
     add("--dimensions", type=number(int, 1), default=60, metavar="L",
         help="of the LDA, eq. (8); at most classes - 1 (default: 60)")
     add("--rows", type=number(int, 1), metavar="N",
@@ -738,9 +740,10 @@ def parse_args(argv=None):
         "alpha": (arguments.supervision != "logits", "the layers, which a plain student lacks"),
         "layers": (arguments.supervision != "logits", "the layers, which a plain student lacks"),
         "words": (layered, "the layers, which a plain student lacks"),
-        "per_class": (layered, "the layers, which a plain student lacks"),
+        "per_class": (fitted or layered and arguments.layers == 2, "the layer of the decisions"),
         "dimensions": (fitted, owner),
-        "rows": (fitted, owner), "teacher_weights": (every or taught, owner)})
+        "rows": (fitted, owner),
+        "teacher_weights": (every or taught, "a --supervision by a teacher")})
     return arguments
 
 

@@ -58,11 +58,11 @@ on the student too; the term from student to teacher; weights 1, of the anchor 0
 scratch in every generation; an anchor of the student's architecture, trained by cross-entropy and
 frozen; G = 2; the KD control: (3) with a finished teacher, weights of label and peer, the run's
 tau; born-again: anchor weight 1. UNKNOWN: every equation of the paper, direction and place of its
-divergence, penalty or constraint, whether the anchor guides the student and the teacher learns from
-it, weights, temperature, optimiser, schedule, data, pairs, generations, stopping rule, simultaneous
-or alternating steps, the face protocol, the overfitting study, the theorem, all numbers: published
-numbers are not available to this project. Open-set recognition and --train-fraction only echo
-claims of the abstract at toy size.
+divergence, penalty or constraint, whether the anchor guides the student, whether the teacher
+learns from the student, weights, temperature, optimiser, schedule, data, pairs, generations,
+stopping rule, simultaneous or alternating steps, the face protocol, the overfitting study, the
+theorem, all numbers: published numbers are not available to this project. Open-set recognition and
+--train-fraction only echo claims of the abstract at toy size.
 
     python trikd.py                       embedded shapes; 2 CPU cores: about a minute
     python trikd.py --compare             with its controls; 2 CPU cores: 3 to 4 minutes
@@ -98,7 +98,7 @@ CONTROLS = {  # --compare: name -> (the flags it changes, perhaps by the runs be
 
 
 def chain_epochs(runs):
-    """(G + 1) E of the chosen run: of A_0 and of all students."""
+    """(G + 1) E of the chosen run: of A_0 (not needed at an anchor weight of 0) and of all S."""
     chosen = next(iter(runs.values())).settings
     return (chosen["generations"] + 1) * chosen["epochs"]
 
@@ -170,12 +170,12 @@ def build_network(role, generation, data, arguments):
 def networks_alone(data, arguments):
     """{name: (network, result)}, trained by cross-entropy alone, frozen, in eval mode.
 
-    "student alone" is A_0; the others for the controls: "student alone, long", "teacher alone".
+    "student alone" is A_0; for the controls "student alone, long", for kd "teacher alone".
     """
     wanted = {"student alone": ("student", arguments.epochs)}
     if arguments.compare:
         wanted["student alone, long"] = "student", (arguments.generations + 1) * arguments.epochs
-    if arguments.peer == "finished" or arguments.compare and weights_of("student", arguments).peer:
+    if arguments.peer == "finished" or arguments.compare and arguments.peer_weight[-1]:
         wanted["teacher alone"] = "teacher", arguments.epochs
     alone = {}
     for name, (role, epochs) in wanted.items():
@@ -222,7 +222,7 @@ def train_step(student, teacher, anchor, optimizers, images, labels, weights, ar
 def control_step(student, fixed, optimizer, images, labels, weights, arguments):
     """A control, in which the student alone learns. Returns the loss terms, and its logits.
 
-    `fixed`: {"peer": a finished teacher, "anchor": the anchor}, frozen, one or both of them.
+    `fixed`: {"peer": a finished teacher, "anchor": the anchor}, frozen; none, one or both.
     """
     with autocast(arguments):
         with torch.no_grad():  # eval mode, see `frozen`
@@ -265,7 +265,7 @@ def train(record, data, alone, arguments):
     rates = step_rates(arguments.learning_rate, E)
     while (epoch := len(record.rows)) < G * E:
         g, e = divmod(epoch, E)
-        if e == 0 and g > 0:  # A_g = S_g; then a new student and a new teacher
+        if e == 0 and g > 0:  # g generations are over: A_g = S_g; then new T and S
             anchor.load_state_dict(student.state_dict())
             for role in roles:
                 fresh = build_network(role, g + 1, data, arguments)
@@ -386,7 +386,7 @@ def parse_args(argv=None):
         help="rounds of --epochs (over --train-fraction), each with the last student as anchor "
              "(default: 2)")
     for name, symbol, value in (("label", "lambda", 1), ("peer", "pi", 1), ("anchor", "zeta", 0.1)):
-        add(f"--{name}-weight", type=weight, nargs="+", default=[value], metavar="W",
+        add(f"--{name}-weight", type=weight, nargs="+", default=[float(value)], metavar="W",
             help=f"{symbol} of eqs. (2), (3): one value, or the teacher's and the student's "
                  f"(default: {value})")
     add("--anchor-on", default="both", choices=("both", "teacher", "student"),
@@ -408,7 +408,7 @@ def parse_args(argv=None):
     for name in Weights._fields:
         if len(getattr(arguments, f"{name}_weight")) > (2 if online or arguments.compare else 1):
             parser.error(f"--{name}-weight: one value, or two: the online teacher's, the student's")
-    for role in ("student", "teacher") if arguments.peer == "online" else ("student",):
+    for role in ("student", "teacher") if online else ("student",):
         if not sum(weights_of(role, arguments)):
             parser.error(f"all weights of the {role} are 0: it has nothing to learn")
     if arguments.compare and not min(arguments.label_weight):

@@ -28,8 +28,9 @@ the student learns. II and III alternate.
     encoders   Stage I fits them by (11), once    frozen; they have no mode  frozen
     theta      0 at first, kept between searches  learns by (15)             used without gradient
 Gradients of Stage II pass through both models and the encoders to theta. Three CPU generators of
---seed: `shuffle` has order, crops and flips of Stage III, `aside` those of the searches, `draws`
-what the augmenter draws. A killed run goes on after its last epoch, or its last pass of a search.
+--seed: `shuffle` has order, crops and flips of Stage III, `aside` those of the searches and of
+`twice`'s other originals, `draws` what the augmenter draws. A killed run goes on after its last
+epoch, or its last pass of a search.
 
 Equations, numbered by this project (the paper's own are UNKNOWN). PAPER: in the paper, its abstract
 or a published account of it. CODE: in the authors' code. READING: our choice, or a departure.
@@ -53,7 +54,8 @@ or a published account of it. CODE: in the authors' code. READING: our choice, o
     (15) L_II = L_T + L_S                                                 CODE
     (16) D = CE(s, y) + w tau^2 mean KL(softmax(t / tau) || softmax(s / tau))    CODE
     (17) L_III = D on the 2B batch [x~ ; x] with labels [y ; y]           CODE
-    (lr) lr0 0.1^j, j = how many of 5/8, 3/4, 7/8 of the run are over     CODE (150, 180, 210)
+    (lr) lr0 0.1^j, j = how many of 5/8, 3/4, 7/8 of the run are over     CODE (150, 180, 210;
+                                                                          imagenet 0.4, 0.7)
 
 Segmentation (--task segmentation): (12) to (17) for every pixel that has a label; networks with the
 head as a 1x1 convolution, upsampled. What is not geometric in (5) comes first, then one warp:
@@ -63,9 +65,9 @@ head as a 1x1 convolution, upsampled. What is not geometric in (5) comes first, 
 Departure from the paper's words: the default student term is (13), not (14); which one made its
 tables is UNKNOWN. Departures from CODE (READING): the gate's logit is theta_p, not
 sigmoid(theta_p), so that q_i is the apply rate; no inner random-apply gate, no mask of zero rows;
-identity start; Stage I on demand, its schedule; the search's SGD; u clamped to [1e-6, 1 - 1e-6];
-one CPU generator for the augmenter; float32, no moving average of weights; targets by torchvision,
-which rounds a few pixels otherwise than the plain formulas; the small recipes; the controls.
+identity start; Stage I on demand, its schedule; the teacher's own recipe; u clamped to [1e-6, 1 -
+1e-6]; one CPU generator for the augmenter; float32; targets by torchvision, which rounds a few
+pixels otherwise than the plain formulas; the small recipes; the controls.
 Kept although odd (CODE): image-sized cutout (centre anywhere: 25 to 100 % erased), additive
 residuals, positive magnitudes only, one gate a call for the whole batch, the plateau rule.
 Segmentation. CODE: theta in [-10, 10], gradient clipped at 20, tau = 1, w = 1.5, searches of one
@@ -79,7 +81,7 @@ how often Stages II and III alternate.
 
     python tst.py                       embedded shapes; 2 CPU cores: 40 s + 15 s of teacher
     python tst.py --compare             with its controls; 2 CPU cores: about 2 minutes
-    python tst.py --augment twice       equal compute, but for the searches: KD on 2B originals
+    python tst.py --augment twice       equal compute but for Stages I and II: KD on 2B originals
     python tst.py --augment random      the same, x~ without learning; none: KD, half the images
     python tst.py --open-set 5          recognition of classes never trained on
     python tst.py --task segmentation   pixels of scenes of shapes; 2 CPU cores: 2 minutes
@@ -109,8 +111,8 @@ from torch import nn
 
 CONTROLS = {  # --compare: name -> (the flags it changes, why)
     "kd": ({"augment": "none"}, "equal steps, half the images: plain KD on the originals"),
-    "kd twice": ({"augment": "twice"}, "equal compute but for the searches: KD on 2B originals"),
-    "random": ({"augment": "random"}, "equal compute but for the searches: theta stays 0"),
+    "kd twice": ({"augment": "twice"}, "equal compute but for Stages I and II: KD on 2B originals"),
+    "random": ({"augment": "random"}, "equal compute but for Stage II: theta stays 0"),
     "TST": ({"augment": "learned", "student_term": "non_saturating"}, "the method"),
 }
 
@@ -197,7 +199,7 @@ def from_bytes(values, mean, std):
 
 
 def exact(operation, values, level, sign=1):
-    """The hand-written operation at `level` 0..9 of 9, sign +1 or -1: uint8 to uint8 (B,3,H,W).
+    """The hand-written operation at level[k], k = `level`, 0..9, sign +1 or -1: uint8 (B,3,H,W).
 
     torchvision's own; geometric ones sample the nearest pixel, black outside. ValueError: unknown.
     """
@@ -234,7 +236,7 @@ def plateau(previous, loss, rate):
     return rate * 0.9 if delta < 0.02 and abs(delta / (previous - 1e-6)) < 0.02 else rate
 
 
-def learning_rates(initial, epochs, drops=(5 / 8, 3 / 4, 7 / 8)):
+def learning_rates(initial, epochs, drops):
     """(lr): the rate of each epoch, ten times smaller after each share of the run in `drops`."""
     return [initial * 0.1 ** sum(e >= drop * epochs for drop in drops) for e in range(epochs)]
 
@@ -302,8 +304,8 @@ class Augmenter(nn.Module):
     """The augmentation module, eqs. (1) to (5): 25 numbers over eleven frozen encoders.
 
     `encoders` in the order of OPERATIONS; mean, std (3,1,1) of the images in [0,1]; `operations`
-    K of 14; `erased`: side of the cutout in that of the image. All that a call draws comes from its
-    `generator` (CPU).
+    K of 14; `erased`: side of the cutout in that of the image. All that a call draws comes from the
+    `generator` (CPU) it is given.
     """
 
     def __init__(self, encoders, mean, std, operations=4, temperature=0.05, erased=1.0):
@@ -385,8 +387,8 @@ def cutout(images, generator=None, erased=1.0):
 
 # -------------------------------------------------------------------------------------- 3. training
 SEARCH, DRAWS, PICTURES = 10_000, 20_000, 30_000  # seeds apart: search batches, augmenter, display
-SEARCH_RATE, MOMENTUM = 0.01, 0.9  # READING, of a search; no weight decay (CODE)
-TERMS = ("ce", "kl", "L_T", "L_S", "conf_t", "conf_s", "train")  # of log.csv; one stage's or both'
+SEARCH_RATE, MOMENTUM = 0.01, 0.9  # CODE, of a search; no weight decay
+TERMS = ("ce", "kl", "L_T", "L_S", "conf_t", "conf_s", "train")  # of log.csv; some of each stage
 
 
 def fit_encoder(encoder, operation, images, mean, std, steps=2000, batch_size=64, lr=1e-2,
@@ -538,11 +540,13 @@ def search_step(augmenter, teacher, student, optimizer, images, labels, draws, a
     loss, L_T, L_S = augmentation_loss(t, s, y, arguments.student_term)  # Eq. (15)
     optimizer.zero_grad()
     loss.backward()
-    thetas = [augmenter.theta_m, augmenter.theta_p] if labels.ndim > 1 else []  # of pixels: bounds
-    nn.utils.clip_grad_norm_(thetas, 20.0)
+    thetas = augmenter.theta_m, augmenter.theta_p
+    if labels.ndim > 1:
+        nn.utils.clip_grad_norm_(thetas, 20.0)
     optimizer.step()
-    for theta in thetas:
-        theta.data.clamp_(-10, 10)
+    if labels.ndim > 1:
+        for theta in thetas:
+            theta.data.clamp_(-10, 10)
     return {"L_T": L_T.detach(), "L_S": L_S.detach(),
             "conf_t": true_class(t.detach(), y), "conf_s": true_class(s.detach(), y)}
 
@@ -621,9 +625,8 @@ def train(record, data, teacher, arguments):
                     lines.append({"epoch": done + 1, "step": mean.batches, **series(augmenter),
                                   **{name: float(value) for name, value in terms.items()}})
             row = mean.row()
-            last = record.rows[-1] if n else {"L_T": 999.0, "L_S": 0.0}  # the pass before, if any
-            search.param_groups[0]["lr"] = plateau(last["L_T"] + last["L_S"],
-                                                   row["L_T"] + row["L_S"], lr)
+            before = record.rows[-1]["L_T"] + record.rows[-1]["L_S"] if n else 999.0  # last pass's
+            search.param_groups[0]["lr"] = plateau(before, row["L_T"] + row["L_S"], lr)
             if plan[done + 1][0] == 3:
                 blocks[-1]["after"] = confidences(augmenter, teacher, fixed, data, arguments)
         else:  # Stage III: the student learns

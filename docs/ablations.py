@@ -33,7 +33,7 @@ COLUMNS = {  # script -> measures beside the accuracy: (name, digits)
     "rco": [("kl_final", 3)], "switokd": [("teacher", 2), ("paused", 1)],
     "trikd": [("teacher", 2), ("kl_ts", 3)], "letkd": [("params", 0)],
     "tst": [("T_end", 3), ("S_end", 3)]}
-ALONE = ("everything: the student alone (12)", None, "")
+ALONE = ("everything: the student alone (12 epochs)", None, "")
 ROWS = {  # script -> {run: (what is removed, flags or edit, what to expect)}
     "rco": {
         "rco": ("nothing: four anchors, three epochs each", "", ""),
@@ -102,7 +102,7 @@ ROWS = {  # script -> {run: (what is removed, flags or edit, what to expect)}
     "letkd": {
         "letkd": ("nothing: letKD-2", "", ""),
         "letkd-supervision": ("the teacher: the layers learn by CE", "--supervision none",
-                              "the paper (Table 6, on FitNet): no better than without layers"),
+                              "the paper (Table 6, on FitNet): hardly better than without layers"),
         "letkd-forward": ("what is added to the features: auxiliary heads", "--alpha 0",
                           "the paper (Table 5): worse"),
         "letkd-decisions": ("the layer of the decisions: letKD-1", "--layers 1",

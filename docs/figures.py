@@ -36,6 +36,16 @@ def steps_of(folder):
     return {name: [value(row[name]) for row in rows] for name in rows[0]}
 
 
+def arguments_of(result):
+    """The flags of the run as its script had them, with the places of data and cache."""
+    arguments = argparse.Namespace(**result["arguments"], compare=None, workers=None)
+    import torch
+    arguments.device = torch.device(arguments.device)
+    places = (result["paths"][key] for key in ("data", "cache"))
+    arguments.data, arguments.cache = (place and Path(place) for place in places)
+    return arguments
+
+
 # One function a script: (folder, result.json) -> {file name: figure}.
 def rco(folder, result):
     """hardness.png (the paper's Fig. 3): KL of the route to the student after each stage; gap.png:
@@ -98,7 +108,7 @@ def trikd(folder, result):
 
     swept = [json.loads(path.read_text()) for path in folder.glob("anchor-*/result.json")]
     if swept:
-        points = sorted(((float(one["arguments"]["anchor_weight"].strip("[]").split(",")[-1]),
+        points = sorted(((one["arguments"]["anchor_weight"][-1],
                           one["generations"][0], one["label_shares"]) for one in swept),
                         key=lambda point: point[0])
         figure, axes = axes_of("KL(anchor || teacher), nats", "student test accuracy (%)",
@@ -110,11 +120,8 @@ def trikd(folder, result):
             axes.annotate(f"{value:g}{share}", (one["kl_at"], one["test"]), fontsize=8)
         pictures["tradeoff.png"] = figure
 
-    arguments = argparse.Namespace(**result["arguments"])
-    arguments.device = torch.device(arguments.device)
-    arguments.compare, arguments.peer = None, "online"
-    arguments.data, arguments.cache = (value and Path(value) for value in (
-        result["paths"]["data"], result["paths"]["cache"]))
+    arguments = arguments_of(result)
+    arguments.peer = "online"
     data = common.load_data(arguments)
     networks = {"A0": script.networks_alone(data, arguments)["student alone"][0]}
     for name, place in (("TriKD", folder), ("born-again", folder / "born-again"),
@@ -228,13 +235,10 @@ def letkd(folder, result):
         if axis.lines:
             axis.legend(fontsize=8)
     pictures = {"layers.png": figure}
-    arguments = argparse.Namespace(**result["arguments"])
+    arguments = arguments_of(result)
     if (arguments.supervision, arguments.layers) != ("teacher", 2):
         return pictures
 
-    arguments.device, arguments.compare = torch.device(arguments.device), None
-    arguments.data, arguments.cache = (value and Path(value) for value in (
-        result["paths"]["data"], result["paths"]["cache"]))
     arguments.teacher_weights = [Path(path) for path in result["paths"]["teacher_weights"]]
     data = common.load_data(arguments)
     teacher, _ = script.networks_alone(data, arguments)["teacher"]

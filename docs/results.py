@@ -140,7 +140,8 @@ def kept(name, result, alone=None):
     classes = len(classes) if isinstance(classes, list) else classes
     names = [arguments.get("network") or arguments["student"], arguments.get("teacher", "resnet20")]
     (parameters, of_student), (_, of_teacher) = (  # (switokd.py has lists of names)
-        letkd.cost(build_model(str(name).strip("[']"), classes, size), size) for name in names)
+        letkd.cost(build_model(name[0] if isinstance(name, list) else name, classes, size), size)
+        for name in names)
     if script == "letkd" and images:  # auxiliary heads are trained, but not deployed
         parameters, layers = measures["params"], arguments["layers"]
         inter = classes * arguments["per_class"] if layers == 2 else 0
@@ -167,7 +168,7 @@ def kept(name, result, alone=None):
     if script != "trikd" or not images:
         return {name: record}
     found, G = {}, len(result["generations"])
-    anchored = arguments["anchor_weight"] not in ("[0.0]", "[0]")
+    anchored = any(arguments["anchor_weight"])
     for g, one in enumerate(result["generations"], 1):
         done, first = seen * g // G, seen // G * bool(result["before"]["epochs"])  # of A_0
         found[f"{name} {g}" if G > 1 else name] = {
@@ -290,9 +291,9 @@ def small_table(found, rows, columns):
                         for name in columns]
             lines.append([label, ours[0]["epochs"], spread([r["test"] for r in ours]), gap,
                           *(spread(values) if values else "-" for values in measures),
-                          f"{statistics.median(r['seconds'] for r in ours):.1f}", len(ours)])
-    return markdown(["run", "epochs", "accuracy", "difference", *columns, "seconds", "seeds"],
-                    lines)
+                          f"{statistics.mean(map(compute, ours)) / 1e12:.2f}", len(ours)])
+    return markdown(["run", "epochs", "accuracy", "difference", *columns, "multiply-adds (10^12)",
+                     "seeds"], lines)
 
 
 def tuning_table(of_seed):

@@ -315,20 +315,29 @@ def test_a_stopped_chain_goes_on_bit_for_bit(typed, twin, at, whole, run, tmp_pa
     assert same_run(tmp_path, whole.folder / twin)
 
 
-def test_a_useless_control_is_left_out_and_born_again_always_learns(run, tmp_path, monkeypatch):
+@pytest.mark.parametrize("typed, controls", [
+    ("--anchor-weight 0 --peer-weight 0", "born-again/mutual learning, long"),
+    ("--anchor-weight 1 --peer none", "kd/mutual learning/mutual learning, long")])
+def test_useless_controls_are_left_out_and_all_others_learn(typed, controls, run, tmp_path,
+                                                            monkeypatch):
     monkeypatch.setattr(common, "SHAPES_TRAIN", 130)
-    printed = run("trikd", tmp_path, "--anchor-weight 0 --peer-weight 0 "
-                  "--compare --generations 1 --epochs 1")
-    rows = ["student alone", "student alone, long", "TriKD", "born-again", "mutual learning, long"]
+    printed = run("trikd", tmp_path, f"{typed} --compare --generations 1 --epochs 1")
+    rows = ["student alone", "student alone, long", "TriKD", *controls.split("/")]
     assert list(table(printed)) == rows
-    assert "S_anchor" in result_of(tmp_path / "born-again")["rows"][0]
+    for control, terms in (("born-again", {"S_anchor"}), ("kd", {"S_peer"})):
+        if control in rows:
+            assert {"S_ce"} | terms <= set(result_of(tmp_path / control)["rows"][0])
 
 
-def test_fraction_open_set_and_temperature(run, tmp_path):
+def test_fraction_open_set_and_temperature(run, tmp_path, monkeypatch):
     """Tested every 1 / F epochs; unseen classes have no logit; eq. (7) holds at tau = 1 alone."""
     found = table(run("trikd", tmp_path, "--train-fraction 0.3 --open-set 4 --generations 1 "
-                      "--temperature 2"))
+                      "--temperature 2 --mean 0.4 0.5 0.6 --std 0.2 0.2 0.2"))
     result = result_of(tmp_path)
+    monkeypatch.syspath_prepend(ROOT / "docs")  # pictures load the same images from the record
+    again = common.load_data(importlib.import_module("figures").arguments_of(result))
+    assert again.mean == pytest.approx((0.4, 0.5, 0.6)) and again.classes == 16
+    assert result["arguments"]["anchor_weight"] == [0.1]  # a list, as typed by hand
     for name in ("test", "teacher"):  # and at the end
         tested = [row["epoch"] for row in result["rows"] if row[name] is not None]
         assert tested == [3, 6, 7] and result["rows"][-1][name] == result["generations"][0][name]
@@ -348,7 +357,7 @@ def test_student_and_teacher_learn_the_shapes(tmp_path, run, monkeypatch):
 
 def test_pictures(whole, run, capsys, monkeypatch):
     """From the record and its networks; A_0 is found in the cache, not trained again."""
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib.pyplot").close("all")  # those of other tests
     monkeypatch.syspath_prepend(ROOT / "docs")
     figures = importlib.import_module("figures")
     points = np.random.default_rng(0).normal(size=(7, 2)) * (3, 1)  # the longer axis comes first
