@@ -53,6 +53,8 @@ RUNS = {  # run -> its command; the constants are those that the grid chose
     "switokd": f"switokd.py --temperature {TAKEN['SwitOKD']}",
     "mutual-30": "trikd.py --epochs 12 --generations 1 --anchor-weight 0",
     "mutual-45": "trikd.py --epochs 18 --generations 1 --anchor-weight 0",
+    # its A_0 is the student alone of 75 epochs; then the same once more, from other weights
+    "again-75": "trikd.py --epochs 30 --generations 1 --peer none --anchor-weight 0",
     "trikd": f"trikd.py --epochs 6 --anchor-weight {TAKEN['TriKD']}",
     "letkd-1": f"letkd.py --layers 1 --alpha {TAKEN['LetKD']} {TEACHER}",
     "letkd-2": f"letkd.py --alpha {TAKEN['LetKD']} {TEACHER}",
@@ -72,6 +74,7 @@ ROWS = [  # of the table: label, run, KD with as many epochs, the method's own c
     ("teacher, alone", "teacher-30", None, None),
     ("student alone", "alone-15", "kd-15", None), ("student alone", "alone-30", "kd-30", None),
     ("student alone", "alone-45", "kd-45", None),
+    ("student alone, the compute of KD of 15", "alone-75", None, "kd-15"),
     ("KD", "kd-15", None, None), ("KD", "kd-30", None, None), ("KD", "kd-45", None, None),
     ("KD", "kd-60", None, None), ("KD, 3 stages", "kd-restarts", "kd-15", None),
     ("KD, 2B images", "kd-2b", "kd-15", None),
@@ -92,8 +95,8 @@ ROWS = [  # of the table: label, run, KD with as many epochs, the method's own c
     ("TST, one operation, 2B images", "tst", "kd-2b", "random"),
 ]
 NAMES = {run: label for label, run, *_ in ROWS}
-SHORT = ("teacher-30", "alone-15", "kd-15", "kd-2b", "eei", "eei-60", "switokd", "trikd 1",
-         "trikd 2", "letkd-1", "letkd-2", "tst")  # in README.md
+SHORT = ("teacher-30", "alone-15", "alone-75", "kd-15", "kd-2b", "eei", "eei-60", "switokd",
+         "trikd 1", "trikd 2", "letkd-1", "letkd-2", "tst")  # in README.md
 SMALL = {  # table: rows of label, run, control; and columns from the runs' measures
     "firing": ([("never paused", "firing-never", None), ("SwitOKD", "firing", "firing-never")],
                ("teacher", "paused", "switches")),
