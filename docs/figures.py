@@ -38,8 +38,8 @@ def steps_of(folder):
 
 def arguments_of(result):
     """The flags of the run as its script had them, with the places of data and cache."""
-    arguments = argparse.Namespace(**result["arguments"], compare=None, workers=None)
     import torch
+    arguments = argparse.Namespace(**result["arguments"], compare=None, workers=None)
     arguments.device = torch.device(arguments.device)
     places = (result["paths"][key] for key in ("data", "cache"))
     arguments.data, arguments.cache = (place and Path(place) for place in places)
