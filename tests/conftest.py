@@ -68,12 +68,19 @@ def run(tmp_path_factory):
 
 
 def refused(script, flags, capsys):
-    """The one line that bad flags give; exit code 2, nothing on the standard output."""
+    """What bad flags give: argparse's usage, then the one line that this returns; exit code 2."""
     with pytest.raises(SystemExit) as stop:
         importlib.import_module(script).parse_args(flags.split())
-    out, line = capsys.readouterr()
-    assert (stop.value.code, out) == (2, "") and line.count("\n") == 1 and line.endswith("\n")
+    out, error = capsys.readouterr()
+    usage, line = error.strip().splitlines()
+    assert (stop.value.code, out) == (2, "") and usage.startswith("usage: ")
     return line
+
+
+def folder_of(out, name, seed=0):
+    """The only folder of a method's runs below `out`, or of a network in a cache."""
+    folder, = Path(out).glob(f"{re.sub(r'[^\\w.]+', '-', name)}-seed-{seed}-*")
+    return folder
 
 
 def stopped(patch, owner, name, call, error=KeyboardInterrupt):
@@ -95,16 +102,8 @@ def shapes_data(validation=0.0, **flags):
     """The embedded set as the scripts load it."""
     return common.load_data(Namespace(**{
         "dataset": "shapes", "data": None, "image_size": None, "train_fraction": 1.0, "open_set": 0,
-        "mean": None, "std": None, "workers": None, "seed": 0, "batch_size": 50,
+        "mean": None, "std": None, "workers": 1, "seed": 0, "batch_size": 50,
         "device": torch.device("cpu"), **flags}), validation)
-
-
-def altered(script, folder):
-    """A changed copy of a script, under another name in another folder, as a module."""
-    import grading
-    path = folder / f"my_{script}.py"
-    path.write_text((ROOT / f"{script}.py").read_text() + "# changed\n")
-    return grading.load(script, path, path.stem)
 
 
 def weights(path):
@@ -139,11 +138,11 @@ def same_run(one, other):
 
 
 def table(printed):
-    """{run: {column: text}} of the last table that a script printed."""
-    title = [line for line in printed.splitlines() if re.search(r", (one seed|mean ± )", line)][-1]
+    """{run: {column: text}} of the last table that a script printed; "note" is what ends a row."""
+    title = [line for line in printed.splitlines() if re.search(r"; seeds: \d+$", line)][-1]
     head, *rows = printed.split(title)[1].strip("\n").splitlines()
-    rows = [re.split(r" {2,}", row.strip()) for row in rows if row.startswith("  ")]
-    return {row[0]: dict(zip(head.split()[1:], row[1:], strict=True)) for row in rows}
+    head, *rows = (re.split(r" {2,}", row.strip()) for row in (head, *rows))
+    return {row[0]: dict(zip([*head[1:-1], "note"], row[1:])) for row in rows}
 
 
 def readme_commands(script):
