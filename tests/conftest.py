@@ -78,8 +78,9 @@ def refused(script, flags, capsys):
 
 
 def folder_of(out, name, seed=0):
-    """The only folder of a method's runs below `out`, or of a network in a cache."""
-    folder, = Path(out).glob(f"{re.sub(r'[^\\w.]+', '-', name)}-seed-{seed}-*")
+    """The only folder of a method's runs in `out`."""
+    name = re.sub(r"[^\w.]+", "-", name)
+    folder, = Path(out).glob(f"{name}-seed-{seed}-*")
     return folder
 
 
