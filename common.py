@@ -17,6 +17,7 @@ import json
 import math
 import os
 import re
+import shlex
 import sys
 import time
 from collections import Counter
@@ -88,7 +89,8 @@ def base_parser(description, methods, files=None, networks=None, datasets=tuple(
     table = [f"  {name}: {question}" for name, (_, question) in methods.items()]
     parser = argparse.ArgumentParser(
         description=description, epilog="\n".join(["methods, each a row of the table:", *table]),
-        allow_abbrev=False, usage="%(prog)s [flags]; --help lists them", formatter_class=Help)
+        allow_abbrev=False, usage="%(prog)s [flags]; --help lists them",
+        formatter_class=partial(Help, width=100))
     add, positive, part = parser.add_argument, number(float, 1e-9), number(float, 0, 1)
     natural, count = number(int, 0), number(int, 1)
     devices = ["cuda"] * torch.cuda.is_available() + ["cpu"]
@@ -201,24 +203,9 @@ def crop_and_flip(images, top, left, flip):
 
 
 @dataclass
-class Seeded(torch.utils.data.Dataset):
-    """Images of a folder, each with a seed of its own: the number of workers changes no crop."""
-    folder: datasets.ImageFolder
-    places: torch.Tensor
-    seeds: torch.Tensor
-
-    def __len__(self):
-        return len(self.places)
-
-    def __getitem__(self, index):  # in a worker process
-        torch.manual_seed(self.seeds[index].item())
-        return self.folder[self.places[index]]
-
-
-@dataclass
 class Streamed(Split):
     """ImageNet, read from disk: `images` (N,) are places in `folder.samples`."""
-    folder: datasets.ImageFolder
+    folder: datasets.ImageFolder  # see Pictures
     size: int
     workers: int
 
@@ -232,11 +219,13 @@ class Streamed(Split):
             v2.Normalize(self.mean.flatten().tolist(), self.std.flatten().tolist())])
         if generator:
             places = places[torch.randperm(len(places), generator=generator)]
-        seeds = torch.randint(2**62, places.shape, generator=generator or torch.Generator())
+            folder.seeds = torch.randint(2**62, places.shape, generator=generator)
+        folder.samples = [folder.samples[place] for place in places.tolist()]
+        cuts = [*range(batch_size, len(places) - 1, batch_size)]  # as Split.augmented
         for batch in torch.utils.data.DataLoader(
-                Seeded(folder, places, seeds), batch_size, num_workers=self.workers,
-                generator=torch.Generator(), pin_memory=device.type == "cuda",
-                drop_last=len(places) % batch_size == 1 < batch_size):  # batch norm needs two
+                folder, batch_sampler=torch.arange(len(places)).tensor_split(cuts),
+                num_workers=self.workers, generator=torch.Generator(),
+                pin_memory=device.type == "cuda"):
             yield [part.to(device, non_blocking=True) for part in batch]
 
     augmented = batches
@@ -397,7 +386,7 @@ def read_set(name, folder, size, validation=0.0):
     return images, labels, torch.arange(len(parts)).repeat_interleave(counts), names, None
 
 
-PARTS = {"train", "training"}, {"test", "testing", "val", "valid", "validation"}
+PARTS = {"train", "training"}, {"test", "testing", "val", "valid", "validation", "dev", "eval"}
 
 
 def look_like_parts(names):
@@ -407,7 +396,15 @@ def look_like_parts(names):
 
 
 class Pictures(datasets.ImageFolder):
-    """torchvision's ImageFolder, without hidden folders and files and those of archivers."""
+    """torchvision's ImageFolder, without hidden folders and files and those of archivers.
+
+    `seeds` (N,): each image draws its crop by its own, whatever the number of workers."""
+    seeds = None
+
+    def __getitem__(self, index):
+        if self.seeds is not None:  # in a worker process
+            torch.manual_seed(self.seeds[index].item())
+        return super().__getitem__(index)
 
     def __init__(self, root, **flags):
         super().__init__(root, is_valid_file=lambda path: path.lower().endswith(
@@ -418,9 +415,10 @@ class Pictures(datasets.ImageFolder):
         parts = os.path.relpath(path, root).split(os.sep)
         return any(part[0] == "." or part in ("__MACOSX", "@eaDir", "Thumbs.db") for part in parts)
 
-    def find_classes(self, directory):
+    @staticmethod
+    def find_classes(directory):
         names = sorted(entry.name for entry in os.scandir(directory)
-                       if entry.is_dir() and not self.hidden(entry.path, directory))
+                       if entry.is_dir() and not Pictures.hidden(entry.path, directory))
         return names, {name: label for label, name in enumerate(names)}
 
 
@@ -428,25 +426,24 @@ def read_folder(folder, name, size):
     """`read_set` of DIR/train/CLASS/* with DIR/test/CLASS/* or DIR/val/CLASS/*, or DIR/CLASS/*."""
     order = ("test", "val") if name == "folder" else ("val", "test")  # ImageNets' test: no labels
     held = next((folder / part for part in order if (folder / part).is_dir()), None)
-    loader = partial(open_picture, plain=name == "imagenet")
-    train = Pictures(folder / "train" if held else folder, loader=loader)
-    names, samples = train.classes, train.samples
-    below = {one: train.find_classes(Path(train.root) / one)[0] for one in names}
+    root = folder / "train" if held else folder
+    names, _ = Pictures.find_classes(root)
+    below = {one: Pictures.find_classes(root / one)[0] for one in names}
     alike = len(below) > 1 and len(below[names[0]]) > 1 and len({*map(tuple, below.values())}) == 1
     if len(names) < 2 or not held and (alike or below.get("train") or look_like_parts(names)
                                        or any(map(look_like_parts, below.values()))):
         raise InputError(f"--data {folder}: no classes ({', '.join(names[:4])}); the layout is DIR/"
                          "train/CLASS/* with DIR/test/CLASS/* or DIR/val/CLASS/*, or DIR/CLASS/*")
-    count = len(samples)
+    train = Pictures(root, loader=partial(open_picture, plain=name == "imagenet"))
+    samples, count = train.samples, len(train)
     if held and (held / "val_annotations.txt").exists():  # Tiny-ImageNet's
-        for line in (held / "val_annotations.txt").read_text().splitlines():
-            file, label, *_ = line.split()
-            samples.append((str(held / "images" / file), train.class_to_idx[label]))
+        lines = [line.split() for line in (held / "val_annotations.txt").read_text().splitlines()]
+        samples += [(str(held / "images" / line[0]), train.class_to_idx[line[1]])
+                    for line in lines if {*names} & {*line[1:2]}]  # others count as left out
     elif held:
-        test = Pictures(held)
-        samples += test.samples
-        if odd := {*names} ^ {*test.classes}:
+        if odd := {*names} ^ {*Pictures.find_classes(held)[0]}:
             raise InputError(f"--data: class {min(odd)} is not in both train/ and {held.name}/")
+        samples += Pictures(held).samples
     images, labels = torch.arange(len(samples)), torch.tensor([label for _, label in samples])
     if name != "imagenet":
         files = [os.path.join(place, file) for place, _, files in os.walk(folder) for file in files]
@@ -463,14 +460,14 @@ def read_folder(folder, name, size):
 
 def open_picture(path, plain=False):
     """A file as a PIL image in RGB, turned as EXIF says, alpha laid over white; OSError for what
-    cannot be read, and for deep grey and floats, which PIL would clip. `plain`: none of this, as
-    the field reads ImageNet."""
+    cannot be read, and for deep grey and floats, which PIL would clip. `plain`: neither turned nor
+    laid over white, as the field reads ImageNet."""
     try:
         with Image.open(path) as image:
-            if plain:
-                return image.convert("RGB")
             if image.mode[0] in "IF":
                 raise ValueError("its pixels have more than 8 bits; save it with 8")
+            if plain:
+                return image.convert("RGB")
             image = ImageOps.exif_transpose(image)
             if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
                 image = image.convert("RGBA")
@@ -645,7 +642,8 @@ def load_weights(network, path):
     state = {re.sub(r"^((module|_orig_mod)\.)+", "", name): value
              for name, value in state.items() if isinstance(value, torch.Tensor)}
     theirs, ours = ({name: (name.split(".")[-1], *value.shape) for name, value in part.items()
-                     if not name.endswith("num_batches_tracked")} for part in (state, own))
+                     if value.is_floating_point() and not name.endswith("num_batches_tracked")}
+                    for part in (state, own))
     if theirs.keys() != ours.keys() and [*theirs.values()] == [*ours.values()]:
         state, theirs = dict(zip(ours, (state[name] for name in theirs))), ours
     if odd := theirs.items() ^ ours.items():
@@ -653,7 +651,7 @@ def load_weights(network, path):
                          f"tensors, expected are {len(ours)}; {min(odd)} is not in both")
     if not all(value.isfinite().all() for value in state.values()):
         raise InputError(f"{path} holds weights that are not finite")
-    network.load_state_dict({**own, **state})
+    network.load_state_dict({name: state.get(name, value) for name, value in own.items()})
     return network
 
 
@@ -870,7 +868,8 @@ def settings_of(flags, data, *code):
         files |= {file for file in used if home in Path(file).parents and "-packages" not in file}
         files |= {getattr(module, "__file__", __file__)}
     source = digest(*sorted(Path(file).read_bytes() for file in files))
-    flags = {name: value for name, value in flags.items() if not isinstance(value, Path)}
+    flags = {name: value for name, value in flags.items()
+             if not isinstance(value, Path) and name != "workers"}
     return {**flags, "data": data.facts, "torch": torch.__version__, "source": source}
 
 
@@ -949,7 +948,7 @@ class Record:
         git = os.popen(f'git -C "{Path(__file__).parent}" describe --always --dirty 2>{os.devnull}')
         tests = [row["test"] for row in self.rows if row.get("test") is not None]
         self.result = {
-            "script": Path(sys.argv[0]).stem, "command": " ".join(sys.argv),
+            "script": Path(sys.argv[0]).stem, "command": shlex.join(sys.argv),
             "commit": git.read().strip(), "torch": torch.__version__, "arguments": self.settings,
             "threads": torch.get_num_threads(), "last_test": tests[-1], "best_test": max(tests),
             "seconds": sum(row["s"] for row in self.rows), **found, "rows": self.rows}
@@ -978,8 +977,11 @@ def train_network(name, data, rates, arguments, keep=(), seed=0, title="teacher"
     """
     flags = {flag: getattr(arguments, flag, None) for flag in (
         "batch_size", "momentum", "weight_decay", "nesterov", "precision", "device")}
-    record = Record(arguments.cache / f"{data.name}-{name}-{len(rates)}", settings_of(
-        {**flags, "network": name, "rates": rates, "seed": seed}, data))
+    # without held-out and unseen images: rco.py, which holds some out, shares it with the others
+    used = [data.train.fingerprint(), data.test.fingerprint()]
+    record = Record(arguments.cache / f"{data.name}-{name}-{len(rates)}", {
+        **settings_of({**flags, "network": name, "rates": rates, "seed": seed}, data),
+        "data": {**data.facts, "fingerprint": used}})
     states = {epoch: record.folder / f"epoch-{epoch:04}.pt"
               for epoch in sorted({*keep, len(rates)})}
     if not all(path.exists() for epoch, path in states.items() if epoch <= len(record.rows)):

@@ -3,8 +3,7 @@
     python docs/ablations.py --commands FOLDER    print the commands, a line each (edited copies of
                                                   scripts go into FOLDER)
     python docs/ablations.py FOLDER    keep the records of the runs that have ended in
-                                       docs/results/ablations.json, then write the tables,
-                                       README.md's among them
+                                       docs/results/ablations.json, then write the tables
     python docs/ablations.py           the tables alone, from docs/results/ablations.json
 
 Two commands at once: ... | OMP_NUM_THREADS=1 xargs -P 2 -d '\\n' -n 1 sh -c
@@ -23,29 +22,30 @@ KEPT = RECORDS / "ablations.json"
 
 
 class Edit(NamedTuple):
-    """A line of the script that no flag switches off: in `function`, `old` becomes `new`."""
-    function: str
+    """A line of the script that no flag switches off: in `place`, `old` becomes `new`."""
+    place: str  # a function or METHODS
     old: str
     new: str
+    flags: str = ""
 
 
 COLUMNS = {  # script -> measures beside the accuracy: (name, digits)
     "rco": [("kl_final", 3)], "switokd": [("teacher", 2), ("paused", 1)],
     "trikd": [("teacher", 2), ("kl_ts", 3)], "letkd": [("params", 0)],
     "tst": [("T_end", 3), ("S_end", 3)]}
+MEASURED = {"T_end": "conf_t", "S_end": "conf_s"}  # on x~, in the last epoch
 ALONE = ("everything: the student alone (12 epochs)", None, "")
 ROWS = {  # script -> {run: (what is removed, flags or edit, what to expect)}
     "rco": {
         "rco": ("nothing: four anchors, three epochs each", "", ""),
-        "rco-route": ("the route: every stage on the finished teacher",
-                      "--strategy kd --stages 4 --stage-epochs 3",
+        "rco-route": ("the route: every stage on the finished teacher", "--method 'kd restarts'",
                       "by the paper's argument worse; the restarts are left"),
-        "rco-kd": ("route and restarts", "--strategy kd",
+        "rco-kd": ("route and restarts", "--method kd",
                    "the paper: 4.5 points worse, but there eei has 4x the epochs"),
         "rco-schedule": ("the stages: the same four anchors within one schedule",
-                         "--strategy one-stage --anchors 4",
+                         "--method one-stage --anchors 4",
                          "the young anchors teach at the large rate"),
-        "rco-stages": ("the stages, with an anchor for every epoch", "--strategy one-stage",
+        "rco-stages": ("the stages, with an anchor for every epoch", "--method one-stage",
                        "the paper: level with EEI-4"),
         "rco-kl": ("the teacher (the restarts stay)", "--weight 0",
                    "worse: labels alone; `kl_final` far larger"),
@@ -57,9 +57,9 @@ ROWS = {  # script -> {run: (what is removed, flags or edit, what to expect)}
     },
     "switokd": {
         "switokd": ("nothing", "", ""),
-        "switokd-switch": ("the switch: deep mutual learning", "--switch never",
+        "switokd-switch": ("the switch: deep mutual learning", "--method never",
                            "a better teacher; the paper: a worse student"),
-        "switokd-adaptive": ("the threshold that adapts", "--switch fixed:0.6",
+        "switokd-adaptive": ("the threshold that adapts", "--method 'fixed 0.6'",
                              "few pauses: like `never`"),
         "switokd-epsilon": ("ε in (4): δ = s - t",
                             Edit("switching_threshold", "s - epsilon * t", "s - t"),
@@ -73,7 +73,7 @@ ROWS = {  # script -> {run: (what is removed, flags or edit, what to expect)}
                          Edit("train_step", "peer != own and (peer, own) not in expert",
                               "peer != own and own in students"),
                          "a larger gap, so more pauses"),
-        "switokd-online": ("learning together: a finished teacher", "--switch kd",
+        "switokd-online": ("learning together: a finished teacher", "--method kd",
                            "by the paper's argument worse; the teacher has its own 12 epochs"),
         "alone-12": ALONE,
     },
@@ -81,19 +81,22 @@ ROWS = {  # script -> {run: (what is removed, flags or edit, what to expect)}
         "trikd": ("nothing: anchor, then two generations (36)", "", ""),
         "trikd-generation": ("the second generation (24)", "--generations 1", "a little worse"),
         "trikd-anchor": ("the anchor, and with it the chain: mutual learning (12)",
-                         "--generations 1 --anchor-weight 0",
+                         "--method 'mutual learning'",
                          "by the abstract's argument worse; `kl_ts` larger"),
         "trikd-compute": ("the same, its 36 epochs in one run (36)",
-                          "--generations 1 --anchor-weight 0 --epochs 36",
+                          "--method 'mutual learning long'",
                           "more epochs help whatever the method"),
-        "trikd-teacher": ("the teacher: the anchor alone teaches (36)", "--peer none",
+        "trikd-teacher": ("the teacher: the anchor alone teaches (36)",
+                          Edit("METHODS", '"TriKD": ({"peer": "online"',
+                               '"TriKD": ({"peer": "none"'),
                           "worse, if the teacher is what teaches"),
         "trikd-online": ("the online teacher: a finished one in its place (36)",
-                         "--peer finished",
+                         Edit("METHODS", '"kd": ({"peer": "finished", **NO_ANCHOR}',
+                              '"kd": ({"peer": "finished"}', "--method kd"),
                          "by the abstract's argument worse: out of the student's reach"),
-        "trikd-student": ("the anchor's term in the student's loss (36)", "--anchor-on teacher",
+        "trikd-student": ("the anchor's term in the student's loss (36)", "--anchor-weight 0.1 0",
                           "no worse, if to restrict the teacher is what counts"),
-        "trikd-fence": ("the anchor's term in the teacher's loss (36)", "--anchor-on student",
+        "trikd-fence": ("the anchor's term in the teacher's loss (36)", "--anchor-weight 0 0.1",
                         "by the abstract's argument worse; `kl_ts` larger"),
         "trikd-back": ("the student's term in the teacher's loss (36)", "--peer-weight 0 1",
                        "the teacher is harder to follow: `kl_ts` larger"),
@@ -101,11 +104,12 @@ ROWS = {  # script -> {run: (what is removed, flags or edit, what to expect)}
     },
     "letkd": {
         "letkd": ("nothing: letKD-2", "", ""),
-        "letkd-supervision": ("the teacher: the layers learn by CE", "--supervision none",
+        "letkd-supervision": ("the teacher: the layers learn by CE",
+                              "--method 'unsupervised layers'",
                               "the paper (Table 6, on FitNet): hardly better than without layers"),
-        "letkd-forward": ("what is added to the features: auxiliary heads", "--alpha 0",
-                          "the paper (Table 5): worse"),
-        "letkd-decisions": ("the layer of the decisions: letKD-1", "--layers 1",
+        "letkd-forward": ("what is added to the features: auxiliary heads",
+                          "--method 'auxiliary heads'", "the paper (Table 5): worse"),
+        "letkd-decisions": ("the layer of the decisions: letKD-1", "--method letKD-1",
                             "the paper: a little worse"),
         "letkd-inter": ("the decisions' loss, not their layer",
                         Edit("train_step", 'terms["inter"] = template_loss(',
@@ -125,31 +129,29 @@ ROWS = {  # script -> {run: (what is removed, flags or edit, what to expect)}
         "letkd-norm": ("batch norm in (2)", Edit("forward", "F.relu(self.norm(scores))",
                                                  "F.relu(scores)"),
                        "a template fires wherever its cosine is positive"),
-        "letkd-layers": ("layers and their losses: KD on logits", "--supervision logits",
+        "letkd-layers": ("layers and their losses: KD on logits", "--method kd",
                          "the paper (Table 1): worse"),
         "alone-12": ALONE,
     },
     "tst": {
         "tst": ("nothing", "", ""),
-        "tst-search": ("the search: θ stays at 0", "--augment random",
+        "tst-search": ("the search: θ stays at 0", "--method random",
                        "by the paper's argument worse"),
-        "tst-module": ("augmentation: originals twice", "--augment twice",
+        "tst-module": ("augmentation: originals twice", "--method 'kd twice'",
                        "by the paper's argument worse, at as many images"),
-        "tst-half": ("the augmented half of the batch: KD", "--augment none",
+        "tst-half": ("the augmented half of the batch: KD", "--method kd",
                      "worse: half the images"),
         "tst-originals": ("the originals in (17)",
                           Edit("train_step", "torch.cat([first[0], images]), torch.cat([first[1], "
                                "labels])", "first"),
                           "worse: what is tested is never seen"),
         "tst-L_T": ("the teacher's term (12)",
-                    Edit("augmentation_loss", "return teacher_loss + student_loss,",
-                         "return student_loss,"),
+                    Edit("augmentation_loss", "return L_T + L_S,", "return L_S,"),
                     "images that nobody knows: `T_end` falls"),
         "tst-L_S": ("the student's term (13)",
-                    Edit("augmentation_loss", "return teacher_loss + student_loss,",
-                         "return teacher_loss,"),
+                    Edit("augmentation_loss", "return L_T + L_S,", "return L_T,"),
                     "images easy for both: `T_end` and `S_end` rise"),
-        "tst-term": ("the bound of the student's term: (14) for (13)", "--student-term negative_ce",
+        "tst-term": ("the bound of the student's term: (14) for (13)", "--method 'TST negative ce'",
                      "harder images: `T_end` and `S_end` fall"),
         "tst-one": ("all but one operation a call", "--operations 1",
                     "images nearer to natural ones"),
@@ -180,40 +182,37 @@ def commands(folder):
         for run, (_, change, _) in rows.items():
             if change is None:
                 continue  # of the cache of the others
-            path, source = f"{script}.py", (ROOT / f"{script}.py").read_text()
+            path, flags = f"{script}.py", change
             if isinstance(change, Edit):
+                source = (ROOT / path).read_text()
                 if source.count(change.old) != 1:
                     sys.exit(f"ablations.py: error: {path} has not one line `{change.old}`")
-                path, flags = folder / f"{run}.py", ""
+                path, flags = folder / f"{run}.py", change.flags
                 path.write_text(source.replace(change.old, change.new))
-            else:
-                flags = f"{change} " if change else ""
             place = shlex.quote(str(folder))
-            lines.append(f"PYTHONPATH=. python {path} {flags}--seed {' '.join(map(str, SEEDS))} "
-                         f"--cache {place}/cache --resume --out {place}/{run}")
+            lines.append(f"PYTHONPATH=. python {path} {flags}{' ' * bool(flags)}--seed "
+                         f"{' '.join(map(str, SEEDS))} --cache {place}/cache --out {place}/{run}")
     return lines
 
 
 def collect(folder):
     """Write docs/results/ablations.json: {run: commit, torch, threads, measures of each seed}."""
-    before = json.loads(KEPT.read_text()) if KEPT.exists() else {}
-    kept = {run: before[run] for rows in ROWS.values() for run in rows if run in before}
+    kept = json.loads(KEPT.read_text()) if KEPT.exists() else {}
     for script, rows in ROWS.items():
         for run, (_, change, _) in rows.items():
-            paths = [folder / run / f"seed-{seed}" / "result.json" for seed in SEEDS]
-            if change is None:  # the student alone of so many epochs, in the cache by its seed
-                found = folder.glob(f"cache/shapes-resnet8x0.5-{run[6:]}-*/result.json")
-                by_seed = {json.loads(path.read_text())["arguments"]["seed"]: path
-                           for path in found}
-                paths = [by_seed.get(seed, folder / "none") for seed in SEEDS]
-            if not all(path.exists() for path in paths):
+            files = f"cache/shapes-resnet8x0.5-{run[6:]}-*" if change is None else f"{run}/*"
+            results = [json.loads(path.read_text()) for path in folder.glob(f"{files}/result.json")]
+            results.sort(key=lambda result: result["arguments"]["seed"])
+            seeds = [result["arguments"]["seed"] for result in results]
+            if seeds != [*SEEDS]:
+                if seeds:
+                    print(f"left out {run}: it has the seeds {seeds}")
                 continue
-            results = [json.loads(path.read_text()) for path in paths]
             kept[run] = {key: results[0][key] for key in ("commit", "torch", "threads")}
             kept[run]["test"] = [result["last_test"] for result in results]
             for name, _ in COLUMNS[script]:
-                values = [(result.get("generations") or [result.get("measures", {})])[-1].get(name)
-                          for result in results]
+                values = [result.get("table", [result.get("measures", {})])[-1].get(
+                    MEASURED.get(name, name)) for result in results]
                 if None not in values:
                     kept[run][name] = values
     KEPT.write_text("{\n" + ",\n".join(f"{json.dumps(run)}: {json.dumps(record)}"
@@ -228,7 +227,8 @@ def table(script, kept):
             continue
         how = f"`{change}`" if change else ""
         if isinstance(change, Edit):
-            how = f"in `{change.function}`: `{change.old}` → `{change.new}`"
+            how = f"in `{change.place}`: `{change.old}` → `{change.new}`"
+            how += f"; `{change.flags}`" * bool(change.flags)
         gap = difference(kept[run]["test"], kept[script]["test"]) if run != script else ""
         lines.append([removed, how, expected, spread(kept[run]["test"]), gap,
                       *(spread(kept[run][name], digits) if name in kept[run] else "-"

@@ -1,49 +1,76 @@
-"""Pictures of a finished run: needs matplotlib (pip install matplotlib).
-
-From its record; those of trikd, letkd and tst also need its data and cache.
+"""Pictures of a finished run: needs matplotlib (pip install matplotlib), and no GPU.
 
     python docs/figures.py RUN_FOLDER          all pictures of the run, into its folder
     python docs/figures.py RUN_FOLDER FILE     one of them, named like FILE, into FILE
+
+RUN_FOLDER is OUT/METHOD-seed-S-HASH. Those of trikd and letkd also need the run's data and cache,
+from the folder that it was started in. What is compared are runs beside it with the same flags.
 """
 
 import argparse
 import csv
 import json
+import math
+import re
+import shlex
 import sys
 from pathlib import Path
 
+import torch
+import torch.nn.functional as F
+from matplotlib import pyplot
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import common  # noqa: E402
 
 
 def axes_of(xlabel, ylabel, title, size=(5, 3.2)):
     """A figure with one pair of axes."""
-    from matplotlib import pyplot
     figure, axes = pyplot.subplots(figsize=size, layout="constrained")
     axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
     return figure, axes
 
 
-def steps_of(folder):
-    """steps.csv as {column: [values]}, numbers as floats."""
-    with open(folder / "steps.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-
-    def value(text):
-        try:
-            return float(text)
-        except ValueError:
-            return text
-    return {name: [value(row[name]) for row in rows] for name in rows[0]}
-
-
 def arguments_of(result):
-    """The flags of the run as its script had them, with the places of data and cache."""
-    import torch
-    arguments = argparse.Namespace(**result["arguments"], compare=None, workers=None)
-    arguments.device = torch.device(arguments.device)
-    places = (result["paths"][key] for key in ("data", "cache"))
-    arguments.data, arguments.cache = (place and Path(place) for place in places)
-    return arguments
+    """The flags of the run as its script had them, with the places of its command, on the CPU."""
+    places = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    places.add_argument("--data", type=Path, default="data")
+    places.add_argument("--cache", type=Path, default="runs/cache")
+    places.add_argument("--teacher-weights", type=Path, nargs="+")
+    places, _ = places.parse_known_args(shlex.split(result["command"]))
+    return argparse.Namespace(**{**result["arguments"], **vars(places), "workers": 8,
+                                 "device": torch.device("cpu")})
+
+
+def beside(folder, result, *free):
+    """{folder: result} of the finished runs in one OUT, this one first, whose arguments differ in
+    those that are `free` alone."""
+    found = {folder: result}
+    for path in sorted(folder.parent.glob("*/result.json")):
+        other = json.loads(path.read_text())
+        if all(other["arguments"].get(name) == value
+               for name, value in result["arguments"].items() if name not in free):
+            found[path.parent] = other
+    return found
+
+
+def alone(role, result, data, arguments):
+    """(network, its test accuracy) that was trained alone for the run, from its file or the cache;
+    (None, None) and a line if it is not there."""
+    if role == "teacher" and arguments.teacher_weights:
+        return common.load_frozen(arguments.teacher, arguments.teacher_weights[0], data, arguments)
+    name, E, facts = getattr(arguments, role), arguments.epochs, result["arguments"]["data"]
+    known = {**result["arguments"], "seed": arguments.seed + {"student": 0, "teacher": 1000}[role],
+             "data": {**facts, "fingerprint": facts["fingerprint"][:2]}}  # training and test images
+    for path in arguments.cache.glob(f"{data.name}-{name}-{E}-*/result.json"):
+        found = json.loads(path.read_text())
+        theirs = found["arguments"]
+        if theirs["rates"][0] == arguments.learning_rate and all(
+                theirs[flag] == known[flag] for flag in theirs.keys() & known.keys() - {"source"}):
+            network = common.load_weights(data.build(name), path.parent / f"epoch-{E:04}.pt")
+            return common.frozen(network), found["last_test"]
+    print(f"the {role} alone is not in {arguments.cache}: the pictures do without it")
+    return None, None
 
 
 # One function a script: (folder, result.json) -> {file name: figure}.
@@ -70,7 +97,6 @@ def rco(folder, result):
 
 def classical_scaling(squared_distances):
     """(n,2) coordinates by classical scaling (Torgerson 1952) of `squared_distances` (n,n)."""
-    import torch
     D = torch.as_tensor(squared_distances, dtype=torch.float64)
     J = torch.eye(len(D), dtype=D.dtype) - 1 / len(D)
     values, vectors = torch.linalg.eigh(-0.5 * J @ D @ J)  # ascending
@@ -79,60 +105,53 @@ def classical_scaling(squared_distances):
 
 def trikd(folder, result):
     """generations.png: students and teachers by generation; functions.png: the networks of the run,
-    its mutual learning and its born-again chain, if any, in function space; tradeoff.png, if there
-    are runs of other anchor weights in FOLDER/anchor-Z: teacher's nearness and student's accuracy.
+    of mutual learning and of the born-again chain, if any, in function space; tradeoff.png, if
+    there are runs of other anchor weights: teacher's nearness and student's accuracy.
     """
-    import torch
-
-    import common
-    import trikd as script
-
-    def of(name):
-        path = folder / name / "result.json"
-        return json.loads(path.read_text()) if path.exists() else None
+    from trikd import kl_to
+    arguments = arguments_of(result)
+    data = common.load_data(arguments)
+    A_0, test = alone("student", result, data, arguments)
+    runs = {place: run for place, run in beside(
+        folder, result, "method", "peer", "peer_weight", "anchor_weight", "generations").items()
+        if place == folder or run["arguments"]["method"] in ("born-again", "mutual learning")}
 
     figure, axes = axes_of("generation", "test accuracy (%)", "Curriculum")
-    chains = {"TriKD": result, "born-again": of("born-again")}
-    for name, chain in chains.items():
-        if chain:
-            tests = [chain["anchor_test"], *(one["test"] for one in chain["generations"])]
+    for run in runs.values():
+        name, rows = run["arguments"]["method"], run["table"]
+        if name != "mutual learning":  # which has one generation
+            tests = [test, *(row["test"] for row in rows)]
             axes.plot(range(len(tests)), tests, marker="o",
                       label=f"{name}: student, the next anchor")
-    ones = [one for one in result["generations"] if "teacher" in one]  # --peer none has none
-    if ones:
-        axes.plot([one["generation"] for one in ones], [one["teacher"] for one in ones],
-                  marker="s", linestyle=":", label="TriKD: teacher")
-    axes.set_xticks(range(len(result["generations"]) + 1))
+    rows = [row.get("teacher") for row in result["table"]]
+    if None not in rows:  # born-again has no teacher
+        axes.plot(range(1, len(rows) + 1), rows, marker="s", linestyle=":",
+                  label=f"{result['arguments']['method']}: teacher")
+    axes.set_xticks(range(len(rows) + 1))
     axes.legend(fontsize=8)
     pictures = {"generations.png": figure}
 
-    swept = [json.loads(path.read_text()) for path in folder.glob("anchor-*/result.json")]
-    if swept:
-        points = sorted(((one["arguments"]["anchor_weight"][-1],
-                          one["generations"][0], one["label_shares"]) for one in swept),
-                        key=lambda point: point[0])
+    swept = [*beside(folder, result, "anchor_weight", "generations").values()]
+    if len(swept) > 1 and rows[0] is not None:
         figure, axes = axes_of("KL(anchor || teacher), nats", "student test accuracy (%)",
                                "Trade-off over the anchor weight")
-        axes.plot([one["kl_at"] for _, one, _ in points], [one["test"] for _, one, _ in points],
-                  marker="o")
-        for value, one, shares in points:
-            share = f" (label share {shares['student']:.2f})" if shares else ""
-            axes.annotate(f"{value:g}{share}", (one["kl_at"], one["test"]), fontsize=8)
+        swept.sort(key=lambda run: run["arguments"]["anchor_weight"])
+        points = [(run["table"][0]["kl_at"], run["table"][0]["test"]) for run in swept]
+        axes.plot(*zip(*points), marker="o")
+        for run, point in zip(swept, points):
+            share = f" (label share {run['label_shares'][1]:.2f})" if run["label_shares"] else ""
+            axes.annotate(f"{run['arguments']['anchor_weight'][-1]:g}{share}", point, fontsize=8)
         pictures["tradeoff.png"] = figure
 
-    arguments = arguments_of(result)
-    arguments.peer = "online"
-    data = common.load_data(arguments)
-    networks = {"A0": script.networks_alone(data, arguments)["student alone"][0]}
-    for name, place in (("TriKD", folder), ("born-again", folder / "born-again"),
-                        ("mutual learning", folder / "mutual-learning")):
+    networks = {"A0": A_0} if A_0 else {}
+    for place, run in runs.items():
         for path in sorted(place.glob("*-[0-9]*.pt")):
             role, generation = path.stem.split("-")
-            networks[f"{name} {role[0].upper()}{generation}"] = common.load_weights(
-                script.build_network(role, 0, data, arguments), path)
+            networks[f"{run['arguments']['method']} {role[0].upper()}{generation}"] = (
+                common.load_weights(data.build(getattr(arguments, role)), path))
     outputs = [common.embeddings(network, data.test, arguments, network)[0]
                for network in networks.values()]
-    D = torch.tensor([[script.kl_to(a, b).item() for b in outputs] for a in outputs])
+    D = torch.tensor([[kl_to(a, b).item() for b in outputs] for a in outputs])
     figure, axes = axes_of("root of the mean symmetric KL (nats)", "",
                            "Networks in function space", size=(5, 4))
     for name, (x, y) in zip(networks, classical_scaling((D + D.T) / 2).tolist()):
@@ -145,21 +164,21 @@ def trikd(folder, result):
 def switokd(folder, result):
     """gap.png: gap and threshold by step, expert mode shaded; rule.png: eq. (10), step by step;
     degeneration.png, at tau = 1: t, the L1 distance of the student's two gradients, eq. (9), of
-    this run and of its controls never and adaptive, if any."""
-    import math
-
-    from matplotlib import pyplot
-
+    this run and of those of other methods beside it."""
     def pairs_of(place):
-        """{label of a pair: its steps.csv}, with a column "when", in epochs."""
-        steps = steps_of(place)
-        length = max(steps["step"])
-        steps["when"] = [e - 1 + k / length for e, k in zip(steps["epoch"], steps["step"])]
-        owners = list(zip(steps["student"], steps["teacher"]))
-        return {f", {teacher} to {student}" if len(set(owners)) > 1 else "": {
-            name: [value for value, owner in zip(values, owners) if owner == (student, teacher)]
-            for name, values in steps.items()} for student, teacher in dict.fromkeys(owners)}
+        """{label of a pair: {column of its steps: values}}, with a column "when", in epochs."""
+        pairs = {}
+        for epoch, path in enumerate(sorted(place.glob("steps-*.csv"))):
+            rows = list(csv.DictReader(path.open(newline="")))
+            for row in rows:
+                own = pairs.setdefault((row.pop("student"), row.pop("teacher")), {})
+                row["when"] = epoch + int(row["step"]) / int(rows[-1]["step"])
+                for name, value in row.items():
+                    own.setdefault(name, []).append(value if name == "mode" else float(value))
+        return {f", {teacher} to {student}" if len(pairs) > 1 else "": {**of, "teacher": teacher}
+                for (student, teacher), of in pairs.items()}
 
+    fixed, method = result["arguments"]["fixed"], result["arguments"]["method"]
     pairs = pairs_of(folder)
     figure, grid = pyplot.subplots(len(pairs), figsize=(7, 3 * len(pairs)), squeeze=False,
                                    layout="constrained")
@@ -169,7 +188,8 @@ def switokd(folder, result):
                           linewidth=0, transform=axes.get_xaxis_transform(), color="0.85",
                           label="expert mode")
         lead = [s - t for s, t in zip(of["student_distance"], of["teacher_distance"])]
-        for name, values in (("gap G", of["gap"]), ("threshold", of["threshold"]), ("s - t", lead)):
+        delta = of["threshold"] if fixed in (None, math.inf) else [fixed] * len(when)
+        for name, values in (("gap G", of["gap"]), ("threshold", delta), ("s - t", lead)):
             axes.plot(when, values, linewidth=0.8, label=name)
         axes.set(xlabel="epoch", title="Gap and threshold" + label)
         axes.legend(fontsize=8)
@@ -177,7 +197,7 @@ def switokd(folder, result):
 
     # Eq. (10): slack / t against r = t / (s + t); expert above 1 - exp(-r) = 1 - eps, if r < 1/2
     figure, axes = axes_of("r = t / (s + t)", "slack / t",
-                           f"The adaptive rule; points: {result['arguments']['switch']}")
+                           f"The adaptive rule; points: {method}")
     for mode, color in (("learning", "tab:blue"), ("expert", "tab:orange")):
         points = [(t / (s + t), (gap - s + t) / t) for of in pairs.values()
                   for gap, s, t, own in zip(of["gap"], of["student_distance"],
@@ -193,15 +213,12 @@ def switokd(folder, result):
     if result["arguments"]["temperature"] == 1:
         figure, axes = axes_of("epoch", "L1 distance of the two gradients",
                                "Degeneration: 0 is the end of distillation")
-        runs = {result["arguments"]["switch"]: folder}
-        runs |= {name: folder / name for name in ("never", "adaptive")
-                 if (folder / name / "steps.csv").exists()}
-        for name, place in runs.items():
+        for place, run in beside(folder, result, "method", "fixed", "finished").items():
             # t is the same in all pairs of a teacher
-            seen = {of["teacher"][0]: of for of in pairs_of(place).values()}
+            seen = {of["teacher"]: of for of in pairs_of(place).values()}
             for teacher, of in seen.items():
-                axes.plot(of["when"], of["teacher_distance"], linewidth=0.8,
-                          label=name + (f", {teacher}" if len(seen) > 1 else ""))
+                axes.plot(of["when"], of["teacher_distance"], linewidth=0.8, label=run["arguments"][
+                    "method"] + (f", {teacher}" if len(seen) > 1 else ""))
         axes.legend(fontsize=8)
         pictures["degeneration.png"] = figure
     return pictures
@@ -211,17 +228,12 @@ def letkd(folder, result):
     """layers.png: loss terms, scales and firing share by epoch. subclasses.png (letKD-2 and its
     teacher): the sub-class of every location of four test images, and rows of s_T in its colours.
     """
-    import torch
-    from matplotlib import pyplot
-
-    import common
     import letkd as script
-
     rows = result["rows"]
     figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.2), layout="constrained")
     shown = [(axes[0], name, name) for name in ("ce", "kl", "penult", "inter")]
-    for letter, layer in (("i", "inter"), ("p", "penult")):
-        shown += [(axis, f"{key}_{letter}", f"{key}, {layer}")
+    for layer in ("inter", "penult"):
+        shown += [(axis, f"{key}_{layer}", f"{key}, {layer}")
                   for axis, key in ((axes[1], "s_q"), (axes[1], "s_v"), (axes[2], "fire"))]
     for axis, key, label in shown:
         if key in rows[0]:
@@ -239,23 +251,22 @@ def letkd(folder, result):
     if (arguments.supervision, arguments.layers) != ("teacher", 2):
         return pictures
 
-    arguments.teacher_weights = [Path(path) for path in result["paths"]["teacher_weights"]]
     data = common.load_data(arguments)
-    teacher, _ = script.networks_alone(data, arguments)["teacher"]
-    decisions = script.prepare(teacher, data, arguments).decisions
-    k, s_T = decisions.per_class, decisions.table.cpu()
-    own = decisions._replace(table=torch.eye(len(s_T), device=arguments.device))
-    images, labels = next(data.test.batches(4))
-    student = script.new_student(data, arguments)
-    with common.evaluating(teacher), common.autocast(arguments):
-        z = script.up_to_tap(teacher, images).float()
-        z = script.pooled(z, script.map_shapes(student, data.image_size)[0][1])
-        h1 = script.decision_targets(z, labels, own).argmax(1).cpu()  # (4,H,W)
-    mean, std = (torch.tensor(value).view(3, 1, 1) for value in (data.mean, data.std))
+    teacher, _ = alone("teacher", result, data, arguments)
+    if not teacher:
+        return pictures
+    _, W, b, c_n, s_T = script.targets_of(teacher, data, arguments)  # a GPU's are fitted again
+    k, (images, labels) = arguments.per_class, next(data.test.batches(4))
+    _, side = script.map_shapes(data.build(arguments.student), data.image_size)[0]
+    with torch.no_grad(), common.autocast(arguments):
+        z = F.adaptive_avg_pool2d(script.up_to_tap(teacher, images).float(), side)
+        own = torch.eye(len(s_T))  # in place of s_T: h1 itself
+        h1 = script.decision_targets(z, labels, W, b, c_n, own).argmax(1)  # (4,H,W)
     figure, axes = pyplot.subplots(len(images), 3, figsize=(9, 2 * len(images)), squeeze=False,
                                    layout="constrained", width_ratios=(1, 1, 3))
-    for image, label, found, axis in zip(images.cpu(), labels.tolist(), h1, axes):
-        axis[0].imshow((image * std + mean).clamp(0, 1).permute(1, 2, 0).numpy())
+    for image, label, found, axis in zip(images, labels.tolist(), h1, axes):
+        image = (image * data.test.std + data.test.mean).clamp(0, 1)
+        axis[0].imshow(image.permute(1, 2, 0).numpy())
         axis[0].set_title(f"class {label}", fontsize=8)
         axis[1].imshow((found - label * k).numpy(), vmin=0, vmax=max(1, k - 1), cmap="turbo")
         axis[1].set_title("sub-class of each location", fontsize=8)
@@ -274,38 +285,25 @@ def tst(folder, result):
     """series.png: the 25 numbers over the run, searches shaded; operations.png: three images of
     augmented.png, each operation at its learned magnitude above the exact one. No augmenter: {}.
     """
-    import math
-
-    import torch
-    from matplotlib import pyplot
-
-    import common
     import tst as script
-
-    arguments, names, pictures = result["arguments"], script.OPERATIONS, {}
-    if arguments["augment"] == "learned":
-        images, epochs = result["images"]["student forward and backward"], arguments["epochs"]
-        batches, steps = math.ceil(images / 2 / epochs / arguments["batch_size"]), steps_of(folder)
-        points, last = [], steps["epoch"][0]  # (passes, row of steps.csv)
-        for row, (epoch, step) in enumerate(zip(steps["epoch"], steps["step"])):
-            if epoch > last + 1:  # theta rests between two searches
-                points += [(last, row), (epoch - 1, row)]
-            points.append((epoch - 1 + step / batches, row))
-            last = epoch
-        x = [place for place, _ in points] + [last, len(result["rows"])]
+    pictures, searches = {}, result["searches"]
+    if searches:  # pass after pass, the n-th being at before_epoch - 1 + n
+        starts = [row["before_epoch"] - 1 + n for n, row in enumerate(searches)]
+        x = [0, *(place for start in starts for place in (start, start + 1)),
+             len(searches) + len(result["rows"])]
         figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained", sharex=True)
         for axis, letter, key in ((axes[0], "q", "probabilities"), (axes[1], "m", "magnitudes")):
-            for i, end in enumerate(result[key]):
-                values = [steps[f"{letter}_{names[i]}"][row] for _, row in points]
-                axis.plot(x, [*values, end, end], label=names[i], ls="-" if i < 7 else "--")
-            for row in result["rows"]:
-                if row["stage"] == 2:
-                    axis.axvspan(row["epoch"] - 1, row["epoch"], alpha=0.15, color="grey", lw=0)
+            for i, name in enumerate(name for name in searches[0] if name[:2] == f"{letter}_"):
+                y = [0.5, *(row[name] for row in searches)]  # 0.5: theta = 0
+                axis.plot(x, [value for value in y for _ in (0, 1)], label=name[2:],
+                          ls="-" if i < 7 else "--")
+            for start in starts:
+                axis.axvspan(start, start + 1, alpha=0.15, color="grey", lw=0)
             axis.set(title=f"{key} {letter} (grey: search)",
                      xlabel="passes over the training images")
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=7)
         pictures["series.png"] = figure
-    if not (folder / "augmenter.pt").exists() or arguments["task"] == "segmentation":
+    if not (folder / "augmenter.pt").exists() or result["script"] == "tst_segmentation":
         return pictures
 
     encoders = [script.ColorEncoder() if i < script.COLOR else script.GeometricEncoder()
@@ -318,18 +316,18 @@ def tst(folder, result):
                           for top in range(2, 2 + 3 * (side + 2), side + 2)])
     values = (255 * images).round().to(torch.uint8)
     images, draws = (images - augmenter.mean) / augmenter.std, torch.Generator().manual_seed(0)
-    figure, axes = pyplot.subplots(2 * len(images), 1 + len(names), figsize=(15, 6.3),
-                                   layout="constrained")
-    for i, name in enumerate(("original", *names), -1):
+    names = "original", *script.OPERATIONS
+    figure, axes = pyplot.subplots(6, len(names), figsize=(15, 6.3), layout="constrained")
+    for i, name in enumerate(names, -1):
         learned, title = images, name
         if i >= 0:
-            m = augmenter.magnitudes()[i] if i < script.MOVABLE else None
             with torch.no_grad():
+                m = augmenter.magnitudes()
                 learned = augmenter.transform(i, images, m, draws)
         shown = [script.to_bytes(learned, augmenter.mean, augmenter.std)] * 2
         if 0 <= i < script.MOVABLE:
-            title = f"{name}\nm = {m.item():.2f}"
-            shown[1] = script.exact(name, values, min(math.floor(10 * m.item()), 9))
+            title = f"{name}\nm = {m[i].item():.2f}"
+            shown[1] = script.exact(name, values, min(math.floor(10 * m[i].item()), 9))
         for row, image in enumerate(torch.stack(shown, 1).flatten(0, 1)):
             axes[row, i + 1].imshow(image.movedim(0, 2).numpy())
             axes[row, i + 1].set(xticks=[], yticks=[])
@@ -340,10 +338,10 @@ def tst(folder, result):
 
 
 def main(folder, file=None):
-    import matplotlib
-    matplotlib.use("Agg")
+    pyplot.switch_backend("Agg")
     result = json.loads((Path(folder) / "result.json").read_text())
-    pictures = globals()[result["script"]](Path(folder), result)
+    script = re.match("[a-z]+", result["script"])  # of tst_segmentation, edited copies: the first
+    pictures = globals()[script[0]](Path(folder), result)
     if file and Path(file).name not in pictures:
         sys.exit(f"figures.py: error: no {Path(file).name} in this run, only: {[*pictures]}")
     for name, figure in pictures.items():
@@ -351,12 +349,12 @@ def main(folder, file=None):
         if target.name == name:
             figure.savefig(target, dpi=110)
             print(target)
+    return pictures
 
 
 if __name__ == "__main__":
     if len(sys.argv) not in (2, 3):
         sys.exit(__doc__)
     if not (Path(sys.argv[1]) / "result.json").exists():
-        sys.exit(f"figures.py: error: {sys.argv[1]} holds no finished run (result.json); a run of "
-                 "several seeds has one in each seed-S")
+        sys.exit(f"figures.py: error: no result.json in {sys.argv[1]}; give OUT/METHOD-seed-S-HASH")
     main(*sys.argv[1:])

@@ -13,62 +13,62 @@ cut from DATA/train. Two commands at once: ... | OMP_NUM_THREADS=1 xargs -P 2 -d
 
 import json
 import math
-import re
 import statistics
 import sys
 from pathlib import Path
 
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-RECORDS = ROOT / "docs" / "results"
+from letkd import build_student  # noqa: E402
 
+RECORDS = ROOT / "docs" / "results"
 FLAGS = "--dataset folder --data {data} --image-size 16 --train-fraction 0.4"  # else the defaults
-E = 15  # epochs; trikd.py divides its own by --train-fraction: 6 / 0.4 = 15
+E = 15  # epochs of the student, the default
 RCO = "rco.py --epochs 30"  # the finished teacher's epochs; for letkd.py and tst.py it is a file:
 TEACHER = "--teacher-weights {place}/cache/folder-resnet20-30-*/epoch-0030.pt"
 TUNING = 9  # the seed of the grid
 TAKEN = {"KD": 8, "RCO": 3, "SwitOKD": 2, "TriKD": 0.2, "LetKD": 1, "TST": 1}  # what it chose
 T = f"--temperature {TAKEN['KD']}"  # in whatever method has KD's loss
+KD = f"{RCO} --method 'kd long' --anchors 1 --stage-epochs"  # plain KD of so many epochs
 GRID = {  # method -> (what is chosen, its values, the command)
-    "KD": ("T", (1, 2, 4, 8), f"{RCO} --strategy kd --stage-epochs {E} --temperature VALUE"),
+    "KD": ("T", (1, 2, 4, 8), f"{KD} {E} --temperature VALUE"),
     "RCO": ("N, with stages of 15 / N epochs, rounded up", (2, 3, 4, 5),
             f"{RCO} {T} --anchors VALUE --stage-epochs LENGTH"),
     "SwitOKD": ("tau", (0.5, 1, 2, 4), "switokd.py --temperature VALUE"),
     "TriKD": ("anchor weight, one generation", (0.1, 0.2, 0.5, 1),
-              "trikd.py --epochs 6 --generations 1 --anchor-weight VALUE"),
+              "trikd.py --generations 1 --anchor-weight VALUE"),
     "LetKD": ("alpha, two layers", (0.1, 0.2, 0.5, 1), f"letkd.py --alpha VALUE {TEACHER}"),
     "TST": ("operations", (1, 2, 4, 8), f"tst.py {T} --operations VALUE {TEACHER}"),
 }
 RUNS = {  # run -> its command; the constants are those that the grid chose
-    "kd-15": f"{RCO} {T} --strategy kd --stage-epochs 15",
-    "kd-30": f"{RCO} {T} --strategy kd --stage-epochs 30",
-    "kd-45": f"{RCO} {T} --strategy kd --stage-epochs 45",
-    "kd-60": f"{RCO} {T} --strategy kd --stage-epochs 60",
-    "kd-2b": f"tst.py {T} --augment twice {TEACHER}",
-    "one-stage": f"{RCO} {T} --strategy one-stage",
-    "kd-restarts": f"{RCO} {T} --strategy kd --stages 3 --stage-epochs 5",
+    **{f"kd-{epochs}": f"{KD} {epochs} {T}" for epochs in (15, 30, 45, 60)},
+    "kd-2b": f"tst.py --method 'kd twice' {T} {TEACHER}",
+    "one-stage": f"{RCO} --method one-stage {T}",
+    "kd-restarts": f"{RCO} --method 'kd restarts' {T} --anchors 3 --stage-epochs 5",
     "eei": f"{RCO} {T} --anchors {TAKEN['RCO']} --stage-epochs 5",
     "eei-60": f"{RCO} {T} --anchors 4 --stage-epochs 15",
-    "mutual-15": f"switokd.py --temperature {TAKEN['SwitOKD']} --switch never",
+    "mutual-15": f"switokd.py --method never --temperature {TAKEN['SwitOKD']}",
     "switokd": f"switokd.py --temperature {TAKEN['SwitOKD']}",
-    "mutual-30": "trikd.py --epochs 12 --generations 1 --anchor-weight 0",
-    "mutual-45": "trikd.py --epochs 18 --generations 1 --anchor-weight 0",
-    # its A_0 is the student alone of 75 epochs; then the same once more, from other weights
-    "again-75": "trikd.py --epochs 30 --generations 1 --peer none --anchor-weight 0",
-    "trikd": f"trikd.py --epochs 6 --anchor-weight {TAKEN['TriKD']}",
-    "letkd-1": f"letkd.py --layers 1 --alpha {TAKEN['LetKD']} {TEACHER}",
+    "mutual-30": "trikd.py --method 'mutual learning' --epochs 30",
+    "mutual-45": "trikd.py --method 'mutual learning' --epochs 45",
+    "again-75": "trikd.py --method born-again --epochs 75 --generations 1",  # for its A_0 alone
+    "trikd": f"trikd.py --anchor-weight {TAKEN['TriKD']}",
+    "letkd-1": f"letkd.py --method letKD-1 --alpha {TAKEN['LetKD']} {TEACHER}",
     "letkd-2": f"letkd.py --alpha {TAKEN['LetKD']} {TEACHER}",
-    "unsupervised": "letkd.py --supervision none",
-    "heads": f"letkd.py --alpha 0 {TEACHER}",
-    "heads-1": f"letkd.py --layers 1 --alpha 0 {TEACHER}",
-    "random": f"tst.py {T} --augment random --operations {TAKEN['TST']} {TEACHER}",
+    "unsupervised": f"letkd.py --method 'unsupervised layers' {TEACHER}",
+    "heads": f"letkd.py --method 'auxiliary heads' {TEACHER}",
+    "heads-1": f"letkd.py --method letKD-1 --alpha 0 {TEACHER}",
+    "random": f"tst.py --method random {T} --operations {TAKEN['TST']} {TEACHER}",
     "tst": f"tst.py {T} --operations {TAKEN['TST']} {TEACHER}",
-    # two small ones, where a method's claim lives elsewhere; 4 / 0.1 = 40 epochs
+    # two small ones, where a method's claim lives elsewhere
     "firing": "switokd.py --dataset shapes --epochs 24",
-    "firing-never": "switokd.py --dataset shapes --epochs 24 --switch never",
-    "few-trikd": "trikd.py --train-fraction 0.1 --epochs 4 --generations 1 --anchor-weight "
+    "firing-never": "switokd.py --method never --dataset shapes --epochs 24",
+    "few-trikd": "trikd.py --train-fraction 0.1 --epochs 40 --generations 1 --anchor-weight "
                  f"{TAKEN['TriKD']}",
-    "few-mutual": "trikd.py --train-fraction 0.1 --epochs 8 --generations 1 --anchor-weight 0",
+    "few-mutual": "trikd.py --method 'mutual learning' --train-fraction 0.1 --epochs 80",
 }
 ROWS = [  # of the table: label, run, KD with as many epochs, the method's own control
     ("teacher, alone", "teacher-30", None, None),
@@ -109,77 +109,81 @@ SMALL = {  # table: rows of label, run, control; and columns from the runs' meas
 # --------------------------------------------------------------------------------------- commands
 def commands(data, folder, seed):
     """The command lines of a seed: of the table, or of the grid."""
-    runs = RUNS
+    place, runs = f"{folder}/seed-{seed}", RUNS
     if seed == TUNING:
         runs = {f"{method}-{value}": command.replace("VALUE", str(value)).replace(
                     "LENGTH", str(math.ceil(E / value)))
                 for method, (_, values, command) in GRID.items() for value in values}
         data = f"{data}/train"  # whose test part are 10,000 images on which no run of it trains
-    place = f"{folder}/seed-{seed}"
     return [line(command, data, seed, place, f"{place}/{name}") for name, command in runs.items()]
 
 
 def line(command, data, seed, place, out):
     """A run's command line; its own flags come after the shared ones."""
-    script, _, own = command.partition(" ")
+    script, own = command.format(place=place).split(" ", 1)
     shared = "" if "--dataset" in own else FLAGS.format(data=data) + " "
-    own = own.format(place=place) + " " if own else ""
-    return f"python {script} {shared}{own}--seed {seed} --cache {place}/cache --resume --out {out}"
+    return f"python {script} {shared}{own} --seed {seed} --cache {place}/cache --out {out}"
 
 
 # ---------------------------------------------------------------------------------------- records
+def cost(network, image_size):
+    """(parameters, multiply-adds for one image); torch counts a multiplication and an addition."""
+    with FlopCounterMode(display=False) as counter:
+        network.eval()(torch.zeros(1, 3, image_size, image_size))
+    return sum(part.numel() for part in network.parameters()), counter.get_total_flops() // 2
+
+
+def seconds(result):
+    """Of each stage, epochs times the fastest: what else the machine does makes some slow."""
+    times = {}
+    for row in [*result["rows"], *result.get("searches", ())]:  # a search's rows are passes
+        times.setdefault((row.get("stage"), "before_epoch" in row), []).append(row["s"])
+    return sum(min(stage) * len(stage) for stage in times.values())
+
+
 def kept(name, result, alone=None):
     """{name: what the tables need of a result.json}, of two generations of TriKD one each.
 
     student, teacher: images that went [forward, backward, backward to the image alone] through
-    them in training; an anchor with a weight is a student. `alone`: the record of TriKD's A_0.
+    them in training; an anchor with a weight is a student. `alone`: the result of TriKD's A_0.
     """
-    import letkd
-    from common import build_model
-    rows, images, measures = (result.get(key, {}) for key in ("rows", "images", "measures"))
-    arguments, script, epochs = result["arguments"], result["script"], len(rows)
-    facts = arguments.get("data", arguments)  # of one of the cache they stand alone
-    classes, size = facts["classes"], facts["image_size"]
-    classes = len(classes) if isinstance(classes, list) else classes
-    names = [arguments.get("network") or arguments["student"], arguments.get("teacher", "resnet20")]
-    (parameters, of_student), (_, of_teacher) = (  # (switokd.py has lists of names)
-        letkd.cost(build_model(name[0] if isinstance(name, list) else name, classes, size), size)
-        for name in names)
-    if script == "letkd" and images:  # auxiliary heads are trained, but not deployed
-        parameters, layers = measures["params"], arguments["layers"]
-        inter = classes * arguments["per_class"] if layers == 2 else 0
-        _, of_student = letkd.cost(letkd.build_student(
-            arguments["student"], classes, size, inter, arguments["words"]), size)
-    seen = sum(round(row["img/s"] * row["s"]) for row in rows)
-    student, teacher = [seen, seen, 0], [images.get("teacher forward", 0), 0, 0]
-    if script == "switokd" and images:
-        teacher = [seen, seen * images["teacher backward, share"], 0]
-    if script == "tst" and images:
-        both, epochs = images["both forward and backward to the image"], arguments["epochs"]
-        taught = images["student forward and backward"]
-        student, teacher = [taught + both, taught, both], [taught + both, 0, both]
-    fastest = {}  # seconds of each stage's epochs: what else the machine does makes some slow
-    for row in rows:
-        fastest[row.get("stage")] = min(row["s"], fastest.get(row.get("stage"), math.inf))
+    settings, measures = result["arguments"], result.get("measures", {})
+    classes, size = len(settings["data"]["classes"]), settings["data"]["image_size"]
+    names = settings.get("network") or settings["student"], settings.get("teacher", "resnet20")
+    names = [name[0] if isinstance(name, list) else name for name in names]  # switokd.py's
+    layers, templates = settings.get("layers"), ()
+    if layers:  # LetKD's
+        templates = classes * settings["per_class"] * (layers == 2), settings["words"]
+    parameters, of_student = cost(build_student(names[0], classes, size, *templates), size)
+    _, of_teacher = cost(build_student(names[1], classes, size), size)
+    seen = sum(round(row["img/s"] * row["s"]) for row in result["rows"])
+    student, teacher = [seen, seen, 0], [seen, 0, 0]
+    if "network" in settings or settings.get("supervision") == "none":  # alone; no teacher
+        teacher = [0, 0, 0]
+    if "paused" in measures:  # a teacher that learns with its student
+        teacher = [seen, seen * (1 - measures["paused"] / 100), 0]
+    if "k_images" in measures:  # TST's; in its searches images alone get a gradient
+        taught, searched = (round(1000 * measures[key]) for key in ("k_images", "k_searched"))
+        student, teacher = ([taught + searched, learned, searched] for learned in (taught, 0))
     record = {
-        "arguments": {key: value for key, value in arguments.items()
-                      if key not in ("data", "rates", "statistics", "train", "test")},
+        "arguments": {key: value for key, value in settings.items()
+                      if key not in ("data", "rates", "plan", "candidates")},
         **{key: result[key] for key in ("commit", "torch", "threads")},
-        "test": result["last_test"], "epochs": epochs, "student": student, "teacher": teacher,
-        "multiply_adds": [of_student, of_teacher], "parameters": parameters,
-        "measures": measures, "seconds": round(sum(fastest[row.get("stage")] for row in rows), 1)}
-    if script != "trikd" or not images:
+        "test": result["last_test"], "epochs": len(result["rows"]), "student": student,
+        "teacher": teacher, "multiply_adds": [of_student, of_teacher],
+        "parameters": measures.get("params", parameters),  # LetKD's: without auxiliary heads
+        "measures": measures, "seconds": round(seconds(result), 1)}
+    if "table" not in result:
         return {name: record}
-    found, G = {}, len(result["generations"])
-    anchored = any(arguments["anchor_weight"])
-    for g, one in enumerate(result["generations"], 1):
-        done, first = seen * g // G, seen // G * bool(result["before"]["epochs"])  # of A_0
+    found, G, peer = {}, len(result["table"]), settings["peer"]
+    anchored = any(settings["anchor_weight"])
+    for g, one in enumerate(result["table"], 1):
+        done, first = seen * g // G, seen // G * anchored  # of A_0
         found[f"{name} {g}" if G > 1 else name] = {
-            **record, "test": one["test"], "measures": one,
-            "epochs": result["before"]["epochs"] + epochs * g // G,
+            **record, "test": one["test"], "measures": one, "epochs": one["epochs"],
             "student": [first + done * (1 + anchored), first + done, 0],
-            "teacher": [done, done, 0],
-            "seconds": round(record["seconds"] * g / G + (alone["seconds"] if first else 0), 1)}
+            "teacher": [done * (peer != "none"), done * (peer == "online"), 0],
+            "seconds": round(seconds(result) * g / G + (seconds(alone) if first else 0), 1)}
     return found
 
 
@@ -190,23 +194,20 @@ def collect(folder):
     """
     RECORDS.mkdir(exist_ok=True)
     for place in sorted(folder.glob("seed-*")):
-        seed, file, found = int(place.name[5:]), RECORDS / f"{place.name}.json", {}
-        before = json.loads(file.read_text()) if file.exists() else {}
-        for path in sorted(place.glob("cache/*/result.json")):  # the teacher, students alone
-            result = json.loads(path.read_text())
-            kind = {seed: "alone", seed + 1000: "teacher"}[result["arguments"]["seed"]]
-            name = f"{kind}-{len(result['rows'])}"
-            if name in found:
-                sys.exit(f"results.py: error: {place}/cache holds {name} twice: a cache for each "
-                         "commit, please")
-            found |= kept(name, result)
-        for path in sorted(place.glob("*/result.json")):
-            result = json.loads(path.read_text())
-            first = result.get("before", {}).get("epochs")
-            found |= kept(path.parent.name, result, (before | found).get(f"alone-{first}"))
-        lines = [f"{json.dumps(name)}: {json.dumps(record)}"
-                 for name, record in sorted((before | found).items())]
-        file.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+        seed, file, ended = int(place.name[5:]), RECORDS / f"{place.name}.json", {}
+        for path in sorted(place.glob("*/*/result.json")):
+            result, name = json.loads(path.read_text()), path.parents[1].name
+            if name == "cache":  # teachers and students alone
+                kind = {seed: "alone", seed + 1000: "teacher"}[result["arguments"]["seed"]]
+                name = f"{kind}-{len(result['rows'])}"
+            if name in ended:
+                sys.exit(f"results.py: error: {place} holds {name} twice: remove one")
+            ended[name] = result
+        found = json.loads(file.read_text()) if file.exists() else {}
+        for name, result in ended.items():
+            found |= kept(name, result, ended.get(f"alone-{result['arguments'].get('epochs')}"))
+        file.write_text("{\n" + ",\n".join(f"{json.dumps(name)}: {json.dumps(record)}"
+                                           for name, record in sorted(found.items())) + "\n}\n")
 
 
 def records():
@@ -216,8 +217,7 @@ def records():
 
 
 # ----------------------------------------------------------------------------------------- tables
-QUANTILES = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306,
-             10: 2.262}  # Student's t, 97.5 %, by the number of seeds
+QUANTILES = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t, 97.5 %, by number of seeds
 
 
 def spread(values, digits=2):
@@ -328,9 +328,9 @@ def blocks():
 def filled(text, of):
     """A page with each block between `<!-- name -->` and `<!-- end -->` written anew."""
     for name, block in of.items():
-        text = re.sub(f"(<!-- {name} -->\n).*?(<!-- end -->)",
-                      lambda match, block=block: match[1] + block + "\n" + match[2], text,
-                      flags=re.DOTALL)
+        before, mark, rest = text.partition(f"<!-- {name} -->\n")
+        if mark:
+            text = f"{before}{mark}{block}\n<!-- end -->{rest.split('<!-- end -->', 1)[1]}"
     return text
 
 
@@ -340,14 +340,14 @@ def plot(found):
     matplotlib.use("Agg")
     from matplotlib import pyplot
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    labels = list(dict.fromkeys(label.split(",")[0].rstrip("-12") for label, *_ in ROWS))
-    for label, run, *_ in ROWS:
+    kinds = [label.split(",")[0].rstrip("-12") for label, *_ in ROWS]
+    for kind, (_, run, *_) in zip(kinds, ROWS):
+        place = [*dict.fromkeys(kinds)].index(kind)
         points = [(compute(of_seed[run]) / 1e12, of_seed[run]["test"])
                   for seed, of_seed in found.items() if seed != TUNING and run in of_seed]
         if points:
-            kind = label.split(",")[0].rstrip("-12")
-            axes.scatter(*zip(*points), s=18, color=f"C{labels.index(kind) % 10}",
-                         marker="os^"[labels.index(kind) // 10], label=kind)
+            axes.scatter(*zip(*points), s=18, color=f"C{place % 10}", marker="os^"[place // 10],
+                         label=kind)
     handles = dict(zip(*reversed(axes.get_legend_handles_labels())))
     axes.legend(handles.values(), handles.keys(), fontsize=8)
     axes.set(xscale="log", ylabel="test accuracy (%)",

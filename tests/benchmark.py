@@ -3,18 +3,18 @@
 Loader: images per second of the batched crop and flip against torchvision's per-image pipeline;
 same images, process and threads. Step: one training step as the script runs it, loader and record
 included, against its floor: on ready tensors the forwards of the frozen networks, and forward,
-backward and optimiser step of those that learn, with cross-entropy as the loss; in LetKD also the
-targets, in TST the augmenter ("augmenter": its share of a step of Stage III, as ms and ratio).
-Both take turns; the median of their ratios is printed.
+backward and optimiser step of those that learn, with cross-entropy as the loss; in TST on what the
+augmenter makes of them. Both take turns; the median of their ratios is printed.
 """
 
 import argparse
 import contextlib
 import io
+import itertools
 import platform
+import re
 import statistics
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -32,12 +32,11 @@ import tst  # noqa: E402
 
 
 def seconds(function, device):
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    finish = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    finish()
     start = time.perf_counter()
     function()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    finish()
     return time.perf_counter() - start
 
 
@@ -75,58 +74,46 @@ def loader(device, size=32, count=4096, batch=64):
 
 
 class Setting:
-    """A script's flags, its data, and an epoch of `steps` batches, also as ready tensors."""
+    """A method's flags, its data, and an epoch of `steps` batches, also as ready tensors."""
 
-    def __init__(self, script, device, precision, teacher, student, size, batch, steps):
-        self.arguments = script.parse_args([
+    def __init__(self, script, method, device, precision, teacher, student, size, batch, steps):
+        arguments = script.parse_args([
             "--teacher", teacher, "--student", student, "--image-size", str(size), "--batch-size",
-            str(batch), "--device", str(device), "--precision", precision,
-            *(["--rows", "20000"] if script is letkd else [])])
-        self.arguments.seed, self.arguments.cache = 0, Path(tempfile.mkdtemp())
-        with contextlib.redirect_stdout(io.StringIO()):
-            self.data = common.load_data(self.arguments)
+            str(batch), "--device", str(device), "--precision", precision])
+        changes, _ = script.METHODS[method]
+        changes = changes(arguments) if callable(changes) else changes
+        self.flags = argparse.Namespace(**{**vars(arguments), **changes, "seed": 0, "rows": 20_000})
+        self.teacher, self.student, self.batch = teacher, student, batch
+        self.data = common.load_data(self.flags)
         train, part = self.data.train, slice(steps * batch)
         self.split = common.Split(train.images[part], train.labels[part], train.mean, train.std)
         self.generator = torch.Generator().manual_seed(0)
-        self.teacher, self.student, self.ready = teacher, student, list(self.epoch())
-
-    def epoch(self):
-        return self.split.augmented(self.arguments.batch_size, self.generator)
+        self.ready = list(self.split.augmented(batch, self.generator))
 
     def build(self, name):
-        network = common.build_model(name, self.data.classes, self.data.image_size)
-        return network.to(self.arguments.device)
+        return self.data.build(name).to(self.flags.device)
 
     def sgd(self, network):
-        return common.sgd(network.parameters(), self.arguments)
-
-    def twins(self):
-        """Twice student and teacher, and their optimisers: {role: ...}; ours, and the floor's."""
-        for _ in range(2):
-            networks = {"student": self.build(self.student), "teacher": self.build(self.teacher)}
-            yield networks, {role: self.sgd(network) for role, network in networks.items()}
+        return common.sgd(network.parameters(), self.flags)
 
     def step(self, train_step):
         """An epoch as a script runs it; `train_step`: images, labels -> terms, logits."""
         def step():
             mean = common.Mean()
-            for images, labels in self.epoch():
+            for images, labels in self.split.augmented(self.batch, self.generator):
                 mean.add(*train_step(images, labels), labels)
         return step
 
-    def floor(self, forward, optimizers, frozen=None, prepare=lambda *batch: batch):
-        """`forward`: images -> outputs; `prepare`: images, labels -> images, a target for each
-        output (one for all). An output behind the last target has a graph, but no backward."""
+    def floor(self, learners, optimizers, frozen=(), inputs=lambda *batch: batch):
+        """`inputs`: images, labels -> what the networks see and shall say."""
         def floor():
-            for images, labels in self.ready:
-                images, targets = prepare(images, labels)
-                with common.autocast(self.arguments):
-                    if frozen:
-                        with torch.no_grad():
-                            frozen(images)
-                    outputs = forward(images)
-                loss = sum(F.cross_entropy(z.float(), target) for z, target in zip(
-                    outputs, targets if isinstance(targets, list) else [targets] * len(outputs)))
+            for images, labels in itertools.starmap(inputs, self.ready):
+                with common.autocast(self.flags):
+                    with torch.no_grad():
+                        for network in frozen:
+                            network(images)
+                    z = [network(images) for network in learners]
+                loss = sum(F.cross_entropy(logits.float(), labels) for logits in z)
                 for optimizer in optimizers:
                     optimizer.zero_grad()
                 loss.backward()
@@ -136,110 +123,78 @@ class Setting:
 
 
 def rco_pair(of):
-    teacher = common.frozen(of.build(of.teacher))
-    ours, bare = of.build(of.student), of.build(of.student)
-    ours.adapter, sgd = torch.nn.Identity(), of.sgd(ours)
-    return (of.step(lambda *batch: rco.train_step(ours, teacher, sgd, *batch, of.arguments)),
-            of.floor(lambda images: [bare(images)], [of.sgd(bare)], teacher))
+    teacher, bare = common.frozen(of.build(of.teacher)), of.build(of.student)
+    ours = rco.build_student(of.data, teacher.features, of.flags)
+    sgd = of.sgd(ours)
+    return (of.step(lambda *batch: rco.train_step(ours, teacher, sgd, *batch, of.flags)),
+            of.floor([bare], [of.sgd(bare)], [teacher]))
 
 
-def switokd_pair(of, mode):
-    """In expert mode the teacher's forward has a graph, but no backward and no step."""
-    (ours, sgd), (bare, bare_sgd) = of.twins()
-    students, teachers = ({role: ours[role]} for role in ("student", "teacher"))
-    switch, learn = ("never", 2) if mode == "learning" else ("kd", 1)
+def switokd_pair(of, learn):
+    """`learn`: how many of student and teacher."""
+    students, teachers = {"student": of.build(of.student)}, {"teacher": of.build(of.teacher)}
+    bare = [of.build(name) for name in (of.student, of.teacher)]
+    sgd = {name: of.sgd(network) for name, network in [*(students | teachers).items()][:learn]}
 
-    def train_step(images, labels):
-        losses, logits, _ = switokd.train_step(students, teachers, sgd, images, labels, 1.0, switch,
-                                               of.arguments.precision)
+    def train_step(*batch):
+        losses, logits, _ = switokd.train_step(students, teachers, sgd, *batch, of.flags)
         return losses, logits["student"]
-    return of.step(train_step), of.floor(
-        lambda images: [network(images) for network in bare.values()],
-        [*bare_sgd.values()][:learn], prepare=lambda images, labels: (images, [labels] * learn))
+    return of.step(train_step), of.floor(bare[:learn], [*map(of.sgd, bare[:learn])], bare[learn:])
 
 
 def trikd_pair(of):
-    (ours, sgd), (bare, bare_sgd) = of.twins()
     anchor = common.frozen(of.build(of.student))
-    weights = {role: trikd.weights_of(role, of.arguments) for role in ours}
-    step = of.step(lambda *batch: trikd.train_step(*ours.values(), anchor, sgd, *batch, weights,
-                                                   of.arguments))
-    return step, of.floor(lambda images: [network(images) for network in bare.values()],
-                          bare_sgd.values(), anchor)
+    ours, bare = (trikd.new_learners(1, of.data, of.flags) for _ in range(2))
+    weights, sgd = {role: trikd.weights_of(role, of.flags) for role in ours}, of.sgd(ours)
+    step = of.step(lambda *batch: trikd.train_step(
+        ours["student"], ours["teacher"], anchor, sgd, *batch, weights, of.flags))
+    return step, of.floor([*bare.values()], [of.sgd(bare)], [anchor])
 
 
 def letkd_pair(of):
-    """The floor has the teacher to both taps and the targets once."""
-    teacher = common.frozen(of.build(of.teacher))
-    with contextlib.redirect_stdout(io.StringIO()):
-        fitted = letkd.prepare(teacher, of.data, of.arguments)
-    ours, bare = (letkd.new_student(of.data, of.arguments).to(of.arguments.device)
-                  for _ in range(2))
+    teacher, flags, C = common.frozen(of.build(of.teacher)), of.flags, of.data.classes
+    targets = [*letkd.fit_targets(teacher, of.data, flags).values()]
+    ours, bare = (letkd.build_student(of.student, C, of.data.image_size, C * flags.per_class,
+                                      flags.words).to(flags.device) for _ in range(2))
     sgd = of.sgd(ours)
-
-    def prepare(images, labels):
-        with torch.no_grad(), common.autocast(of.arguments):
-            z_inter = letkd.up_to_tap(teacher, images)
-            z_penult = letkd.after_tap(teacher, z_inter)
-        return images, [labels, letkd.decision_targets(z_inter.float(), labels, fitted.decisions),
-                        letkd.word_targets(z_penult.float(), fitted.words)]
-
-    def forward(images):
-        features, *scores = bare.forward_scores(images)
-        return [bare.forward_head(features), *scores]
-    step = of.step(lambda *batch: letkd.train_step(ours, teacher, fitted, sgd, *batch,
-                                                   of.arguments))
-    return step, of.floor(forward, [of.sgd(bare)], prepare=prepare)
+    return (of.step(lambda *batch: letkd.train_step(ours, teacher, targets, sgd, *batch, flags)),
+            of.floor([bare], [of.sgd(bare)], [teacher]))
 
 
 def tst_pair(of, stage):
-    """II: augmenter, both networks, backward to theta; III: augmenter, both networks on 2B."""
-    teacher, (student, own) = common.frozen(of.build(of.teacher)), (
-        of.build(of.student) for _ in range(2))
+    """II: gradients to theta through both networks; III: the student on 2B images."""
+    teacher = common.frozen(of.build(of.teacher))
+    ours, bare = of.build(of.student), of.build(of.student)
     encoders = [tst.ColorEncoder() if i < tst.COLOR else tst.GeometricEncoder()
                 for i in range(tst.MOVABLE)]
-    ours, bare = (tst.Augmenter(encoders, of.data.mean, of.data.std).to(of.arguments.device)
-                  for _ in range(2))
-    draws, sgd = torch.Generator().manual_seed(0), of.sgd(student)
+    augmenter = tst.Augmenter(encoders, of.data.mean, of.data.std).to(of.flags.device)
+    draws, sgd = torch.Generator().manual_seed(0), of.sgd(ours)
     if stage == "II":
-        fixed, (search, bare_search) = common.frozen(student), (
-            torch.optim.SGD(augmenter.parameters(), tst.SEARCH_RATE, tst.MOMENTUM)
-            for augmenter in (ours, bare))
+        fixed, theta = common.frozen(ours), torch.optim.SGD(
+            [augmenter.theta_m, augmenter.theta_p], tst.SEARCH_RATE, tst.SEARCH_MOMENTUM)
         step = of.step(lambda *batch: (tst.search_step(
-            ours, teacher, fixed, search, *batch, draws, of.arguments), None))
-        return step, of.floor(lambda images: [teacher(images), fixed(images)],
-                              [bare_search],
-                              prepare=lambda images, labels: (bare(images, draws), labels))
+            augmenter, teacher, fixed, theta, *batch, draws, of.flags), None))
+        return step, of.floor([teacher, fixed], [theta],
+                              inputs=lambda images, labels: (augmenter(images, draws), labels))
 
     @torch.no_grad()
     def both(images, labels):
-        return torch.cat([bare(images, draws), images]), torch.cat([labels, labels])
-
-    @torch.no_grad()
-    def augment():
-        for images, _ in of.ready:
-            ours(images, draws)
+        return torch.cat([augmenter(images, draws), images]), torch.cat([labels, labels])
 
     def train_step(images, labels):
         with torch.no_grad():
-            first = ours(images, draws), labels
-        return tst.train_step(student, teacher, sgd, images, labels, first, of.arguments)
-    return (augment if stage == "augmenter" else of.step(train_step),
-            of.floor(lambda images: [own(images)], [of.sgd(own)], teacher, both))
+            first = augmenter(images, draws), labels
+        return tst.train_step(ours, teacher, sgd, images, labels, first, of.flags)
+    return of.step(train_step), of.floor([bare], [of.sgd(bare)], [teacher], both)
 
 
-ROWS = {"rco": rco_pair, "switokd learning": switokd_pair, "switokd expert": switokd_pair,
-        "trikd": trikd_pair, "letkd": letkd_pair, "tst II": tst_pair, "tst III": tst_pair,
-        "tst augmenter": tst_pair}
-
-
-def processor():
-    """The processor's name, as the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(": ")[1] for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration, IndexError):
-        return platform.processor() or platform.machine()
+ROWS = {  # row of the table: (the script, its method, what makes step and floor)
+    "rco": (rco, "kd", rco_pair),
+    "switokd learning": (switokd, "never", lambda of: switokd_pair(of, 2)),
+    "switokd expert": (switokd, "switokd", lambda of: switokd_pair(of, 1)),
+    "trikd": (trikd, "TriKD", trikd_pair), "letkd": (letkd, "letKD-2", letkd_pair),
+    "tst II": (tst, "TST", lambda of: tst_pair(of, "II")),
+    "tst III": (tst, "TST", lambda of: tst_pair(of, "III"))}
 
 
 def main():
@@ -249,8 +204,10 @@ def main():
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     cuda = device.type == "cuda"
+    known = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    named = re.search(r"model name\s*: (.+)", known)
     name = torch.cuda.get_device_name() if cuda else (
-        f"{processor()}, {torch.backends.cpu.get_cpu_capability()}, "
+        f"{named[1] if named else platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, "
         f"{torch.get_num_threads()} threads")
     print(f"torch {torch.__version__}, {name}\n")
     mine, theirs, ratio = in_turns(*loader(device), device, arguments.rounds)
@@ -265,11 +222,10 @@ def main():
     for pair in networks:
         for precision in ("fp32", "bf16"):
             steps = 20 if cuda or precision == "fp32" else 2  # bf16 crawls on CPUs without AVX512
-            for name, functions in ROWS.items():
-                script, *mode = name.split()
-                setting = Setting(sys.modules[script], device, precision, *pair, steps)
-                step, floor = functions(setting, *mode)
-                mine, floor, ratio = in_turns(step, floor, device, arguments.rounds)
+            for name, (script, method, functions) in ROWS.items():
+                with contextlib.redirect_stdout(io.StringIO()):
+                    made = functions(Setting(script, method, device, precision, *pair, steps))
+                mine, floor, ratio = in_turns(*made, device, arguments.rounds)
                 label = "{} {} -> {}, {}, {}".format(name, *pair)
                 print(f"  {label:52} {precision:5} {1000 * mine / steps:6.1f} "
                       f"{1000 * floor / steps:7.1f} {ratio:6.2f}", flush=True)

@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import functools
 import hashlib
 import importlib
 import io
@@ -9,6 +10,7 @@ import itertools
 import json
 import pickle
 import re
+import shlex
 import shutil
 import sys
 import tarfile
@@ -57,7 +59,7 @@ def run(tmp_path_factory):
 
     def call(script, out, flags=""):
         tiny = "--device cpu --teacher resnet8 --student resnet8x0.5 --epochs 2 --batch-size 50"
-        argv = [f"{script}.py", *tiny.split(), "--out", out, "--cache", cache, *flags.split()]
+        argv = [f"{script}.py", *tiny.split(), "--out", out, "--cache", cache, *shlex.split(flags)]
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", [str(word) for word in argv])
             with contextlib.redirect_stdout(io.StringIO()) as printed:
@@ -70,7 +72,7 @@ def run(tmp_path_factory):
 def refused(script, flags, capsys):
     """What bad flags give: argparse's usage, then the one line that this returns; exit code 2."""
     with pytest.raises(SystemExit) as stop:
-        importlib.import_module(script).parse_args(flags.split())
+        importlib.import_module(script).parse_args(shlex.split(flags))
     out, error = capsys.readouterr()
     usage, line = error.strip().splitlines()
     assert (stop.value.code, out) == (2, "") and usage.startswith("usage: ")
@@ -88,6 +90,7 @@ def stopped(patch, owner, name, call, error=KeyboardInterrupt):
     """From now on the `call`-th call of owner.name raises `error`, as Ctrl-C would there."""
     function, calls = getattr(owner, name), itertools.count(1)
 
+    @functools.wraps(function)  # of its module: this file decides no result
     def wrapped(*args, **kwargs):
         if next(calls) == call:
             raise error
@@ -97,6 +100,26 @@ def stopped(patch, owner, name, call, error=KeyboardInterrupt):
 
 def forbidden(*_, **__):
     raise AssertionError("this must not be called")
+
+
+def tensor(values, grad=False):
+    return torch.tensor(np.asarray(values, float), requires_grad=grad)
+
+
+def log_p(z, T=1.0):
+    """The oracle's log softmax of logits (B,C) at temperature T."""
+    z = np.asarray(z, float) / T
+    return z - np.log(np.exp(z).sum(1, keepdims=True))
+
+
+def kl(target, own, T=1.0):
+    """The oracle's KL(target || own) from logits (B,C), nats, mean over the batch, no T^2."""
+    a, b = log_p(target, T), log_p(own, T)
+    return (np.exp(a) * (a - b)).sum(1).mean()
+
+
+def ce(z, y):
+    return -log_p(z)[np.arange(len(y)), y].mean()
 
 
 def shapes_data(validation=0.0, **flags):
@@ -133,6 +156,8 @@ def same_run(one, other):
     timed = {"seconds", "rows", "command"}
     ours, theirs = ({key: value for key, value in result_of(folder).items() if key not in timed}
                     for folder in (one, other))
+    for row in (*ours.get("table", ()), *theirs.get("table", ())):
+        del row["seconds"]
     return (names == {path.name for path in Path(other).glob("*.pt")} and len(names) > 0
             and all(same(weights(Path(one) / name), weights(Path(other) / name)) for name in names)
             and log(one) == log(other) and ours == theirs)

@@ -8,10 +8,11 @@ usual mistakes in MISTAKES.
 import ast
 import importlib.util
 import inspect
+import math
 import re
 import sys
+from collections import namedtuple
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -33,9 +34,8 @@ def load(method, file, name=None):
 def start(config, file):
     """Take `file` for the script of the method in its docstring, and its tests alone."""
     try:
-        text = (ast.get_docstring(ast.parse(file.read_text())) or "") + " " + file.stem
-        method = next(name for name in exercise.METHODS if re.search(rf"\b{name}\b", re.sub(
-            "_", " ", text).lower()))
+        text = f"{ast.get_docstring(ast.parse(file.read_text()))} {file.stem}".replace("_", " ")
+        method = next(name for name in exercise.METHODS if re.search(rf"\b{name}\b", text.lower()))
         config.pluginmanager.register(Grades(method, load(method, file)))
     except StopIteration:
         raise pytest.UsageError(f"--script {file}: neither its docstring nor its name says which "
@@ -85,25 +85,33 @@ class Grades:
                                             f"{len(own):3} tests  {said}".rstrip())
 
 
+def parts_of(result):
+    """The tensors, numbers and words of what a function returns; of a dict its keys as well."""
+    if isinstance(result, dict):
+        result = sorted(result.items())
+    if isinstance(result, (tuple, list)):
+        return [part for one in result for part in parts_of(one)]
+    return [result]
+
+
 def values(function, arguments):
     """What it returns for all arguments, as floats and words; and which of them get a gradient."""
     found, graded = [], []
     for one in arguments():
-        result = function(*one)
-        parts = result if isinstance(result, (tuple, list)) else [result]
+        parts = parts_of(function(*one))
         found += [x for part in parts for x in (part.detach().double().flatten().tolist() if
                                                 isinstance(part, torch.Tensor) else [part])]
         loss = sum(part.sum() for part in parts if getattr(part, "requires_grad", False))
         if isinstance(loss, torch.Tensor):
             loss.backward()
-        graded += [tensor.grad is not None for part in one for tensor in (
-            part if isinstance(part, list) else [part]) if isinstance(tensor, torch.Tensor)]
+        graded += [part.grad is not None for part in parts_of(one)
+                   if isinstance(part, torch.Tensor)]
     return found, graded
 
 
 def equal(one, other):
     return len(one) == len(other) and all(
-        a == b if isinstance(a, str) or isinstance(b, str) else abs(a - b) <= 1e-4 * (1 + abs(b))
+        abs(a - b) <= 1e-4 * (1 + abs(b)) if {type(a), type(b)} <= {int, float} else a == b
         for a, b in zip(one, other))
 
 
@@ -145,12 +153,13 @@ def softened(p, q, tau=1.0):
     return (p.exp() * (p - q)).sum(1).mean()
 
 
-def z(*seeds, C=5):
-    return [logits(6, C, seed=seed) for seed in seeds]
+def z(*seeds, shape=(6, 5)):
+    return [logits(*shape, seed=seed) for seed in seeds]
 
 
 Y = torch.tensor([0, 4, 1, 1, 3, 2])
 CE = F.cross_entropy
+MAPS = (2, 5, 3, 4)
 
 
 def p(z, tau=1.0):
@@ -161,48 +170,65 @@ def distances(z, y, tau=1.0):
     return (p(z, tau) - F.one_hot(y, z.shape[1])).abs()
 
 
-def maps(*seeds):
-    return [logits(2, 5, 3, 4, seed=seed) for seed in seeds]
-
-
 def closeness(z, rho, power=2):
     return -(z[:, None] - rho[None, :, :, None, None]).square().sum(2) ** (power / 2)
 
 
-def map_kl(a, p_T):
-    return (p_T * (p_T.log() - F.log_softmax(a, 1))).sum()
+def segments(anchor):
+    """Eq. (8) with another `anchor`, of the epoch e, the segment's length and E."""
+    return lambda E, N: [anchor(e, math.ceil(E / N), E) for e in range(E)]
 
 
-def triplet(w, z, peer, anchor, y, tau, ce_tau=1.0):
-    """lambda CE + pi tau^2 KL + zeta tau^2 KL, of the learner's logits z."""
-    return (w[0] * CE(z / ce_tau, y) + w[1] * tau**2 * softened(peer, z, tau)
-            + w[2] * tau**2 * softened(anchor, z, tau))
+def rows(maps):
+    return maps.movedim(1, 3).flatten(0, 2)
 
 
-class Weights(NamedTuple):  # as trikd.Weights
-    label: float = 0.9
-    peer: float = 0.5
-    anchor: float = 2.0
+def noise(theta, generator):
+    u = torch.rand(theta.shape, generator=generator)
+    return u.log() - (1 - u).log()
 
 
-WEIGHTS = Weights()
-TRIPLET = [  # of eqs. (2) and (3): learner, peer, anchor, y, weights, tau
-    ("the weights of peer and anchor are swapped",
-     lambda z, b, c, y, w, tau: triplet((w[0], w[2], w[1]), z, b, c, y, tau)),
-    ("without the anchor", lambda z, b, c, y, w, tau: triplet((*w[:2], 0), z, b, c, y, tau)),
-    ("without the peer", lambda z, b, c, y, w, tau: triplet((w[0], 0, w[2]), z, b, c, y, tau)),
-    ("the cross-entropy has the temperature too",
-     lambda z, b, c, y, w, tau: triplet(w, z, b, c, y, tau, tau)),
-    ("the KLs are the other way round", lambda z, b, c, y, w, tau: w[0] * CE(z, y) + tau**2 * (
-        w[1] * softened(z, b, tau) + w[2] * softened(z, c, tau))),
-    ("the loss of the other network",
-     lambda z, b, c, y, w, tau: triplet(w, b, z, c, y, tau)),
-]
-KL = [("the two distributions are swapped", lambda s, t, tau: softened(s, t, tau)),
-      ("divided by B C, not by B", lambda s, t, tau: softened(t, s, tau) / 5),
-      ("summed over the batch, not its mean", lambda s, t, tau: softened(t, s, tau) * 6),
-      ("the temperature is left out", lambda s, t, tau: softened(t, s)),
-      ("times T^2, which is not its part", lambda s, t, tau: tau**2 * softened(t, s, tau))]
+def terms(teacher, student):
+    return teacher + student, teacher, student
+
+
+Weights = namedtuple("Weights", "label peer anchor")  # as trikd.Weights
+WEIGHTS = Weights(0.9, 0.5, 2.0)
+
+
+def triplet(weights=lambda w: w, ce=lambda z, y, tau: CE(z, y), kl=softened):
+    """(loss, terms) of eqs. (2), (3), with other `weights`, another `ce`, another `kl`."""
+    def wrong(z, peer, anchor, y, w, tau):
+        terms = {"ce": ce(z, y, tau), "peer": tau**2 * kl(peer, z, tau),
+                 "anchor": tau**2 * kl(anchor, z, tau)}
+        return sum(w * term for w, term in zip(weights(w), terms.values())), terms
+    return wrong
+
+
+def distilled(loss=lambda ce, kl, w, T: ce + w * T**2 * kl, kl=softened):
+    """(loss, CE, KL), with another `loss` of CE, KL, w, T, or another `kl` of teacher, student, T.
+    """
+    def wrong(s, t, y, w, T):
+        return loss(CE(s, y), kl(t, s, T), w, T), CE(s, y), kl(t, s, T)
+    return wrong
+
+
+KD = [  # of student, teacher, y, w, T
+    ("without T^2", distilled(lambda ce, kl, w, T: ce + w * kl)),
+    ("T in place of T^2", distilled(lambda ce, kl, w, T: ce + w * T * kl)),
+    ("without the weight", distilled(lambda ce, kl, w, T: ce + T**2 * kl)),
+    ("(1 - weight) CE, as Hinton et al. have it",
+     distilled(lambda ce, kl, w, T: (1 - w) * ce + w * T**2 * kl)),
+    ("without the cross-entropy", distilled(lambda ce, kl, w, T: w * T**2 * kl)),
+    ("the KL's two distributions are swapped", distilled(kl=lambda t, s, T: softened(s, t, T))),
+    ("the KL is divided by B C, not by B", distilled(kl=lambda t, s, T: softened(t, s, T) / 5)),
+    ("the loss alone, without CE and KL", lambda *given: distilled()(*given)[0])]
+KL = [  # of the target's and the learner's logits, tau
+    ("the two distributions are swapped", lambda t, z, tau: softened(z, t, tau)),
+    ("divided by B C, not by B", lambda t, z, tau: softened(t, z, tau) / 5),
+    ("summed over the batch, not its mean", lambda t, z, tau: softened(t, z, tau) * 6),
+    ("the temperature is left out", lambda t, z, tau: softened(t, z)),
+    ("times tau^2, which is not its part", lambda t, z, tau: tau**2 * softened(t, z, tau))]
 ROUTES = [  # H_1 .. H_N, the current anchor, delta
     ([1.0, 1.2, 2.5, 3.0, 1.0], 1, 0.8), ([1.0, 3.0, 3.1, 3.2, 1.0], 1, 0.8),
     ([1.0, 2.0, 2.1, 4.0, 9.0], 2, 0.8), ([4.0, 5.0, 6.0, 9.0, 1.0], 1, 0.8),
@@ -211,18 +237,9 @@ ROUTES = [  # H_1 .. H_N, the current anchor, delta
 # values of a list of argument tuples are compared together.
 MISTAKES = {
     "rco": {
-        "softened_kl": (lambda: [(*z(0, 1), 3.0)], KL),
-        "kd_loss": (lambda: [(*z(0, 1), Y, 0.7, 3.0)], [
-            ("without T^2", lambda s, t, y, w, T: CE(s, y) + w * softened(t, s, T)),
-            ("T in place of T^2", lambda s, t, y, w, T: CE(s, y) + w * T * softened(t, s, T)),
-            ("the KL's two distributions are swapped",
-             lambda s, t, y, w, T: CE(s, y) + w * T**2 * softened(s, t, T)),
-            ("without lambda", lambda s, t, y, w, T: CE(s, y) + T**2 * softened(t, s, T)),
-            ("(1 - lambda) CE, as Hinton et al. have it",
-             lambda s, t, y, w, T: (1 - w) * CE(s, y) + w * T**2 * softened(t, s, T)),
-            ("without the cross-entropy", lambda s, t, y, w, T: w * T**2 * softened(t, s, T)),
-            ("the KL is divided by B C, not by B",
-             lambda s, t, y, w, T: CE(s, y) + w * T**2 * softened(t, s, T) / 5)]),
+        "softened_kl": (lambda: [(*z(0, 1), 3.0)], [
+            (label, lambda s, t, T, wrong=wrong: wrong(t, s, T)) for label, wrong in KL]),
+        "kd_loss": (lambda: [(*z(0, 1), Y, 0.7, 3.0)], KD),
         "hint_loss": (lambda: [tuple(z(0, 1))], [
             ("divided by D, as F.mse_loss does", lambda s, t: (s - t).square().mean() / 2),
             ("F.mse_loss", lambda s, t: (s - t).square().mean()),
@@ -237,10 +254,13 @@ MISTAKES = {
             ("k floor(E / N): the last anchor is not E",
              lambda E, N: [k * (E // N) for k in range(1, N + 1)]),
             ("k counts from 0", lambda E, N: [k * E // N for k in range(N)])]),
-        "one_stage_anchor": (lambda: [(7, 5, 23), (10, 5, 23), (22, 5, 23)], [
-            ("the start of the segment, not its end", lambda e, gap, E: e // gap * gap),
-            ("epochs counted from 1", lambda e, gap, E: min(E, ((e - 1) // gap + 1) * gap)),
-            ("beyond the teacher's last epoch", lambda e, gap, E: (e // gap + 1) * gap)]),
+        "one_stage_anchors": (lambda: [(23, 5), (10, 4)], [
+            ("the start of the segment, not its end", segments(lambda e, gap, E: e // gap * gap)),
+            ("epochs counted from 1",
+             segments(lambda e, gap, E: min(E, ((e - 1) // gap + 1) * gap))),
+            ("beyond the teacher's last epoch", segments(lambda e, gap, E: (e // gap + 1) * gap)),
+            ("segments of floor(E / N) epochs",
+             lambda E, N: [min(E, (e // (E // N) + 1) * (E // N)) for e in range(E)])]),
         "next_anchor": (lambda: ROUTES, [
             ("the candidate that crosses, not the one before it", lambda H, i, d: next(
                 (j for j in range(i + 1, len(H)) if H[j - 1] / H[i - 1] - 1 > d), len(H))),
@@ -285,9 +305,7 @@ MISTAKES = {
              lambda G, d, s, t: "expert" if G > d and t > s else "learning"),
             ("the modes are swapped",
              lambda G, d, s, t: "learning" if G > d and t < s else "expert")]),
-        "kl_to": (lambda: [(*z(0, 1), 2.0)], [
-            (label, lambda peer, own, tau, wrong=wrong: wrong(own, peer, tau))
-            for label, wrong in KL]),
+        "kl_to": (lambda: [(*z(0, 1), 2.0)], KL),
         "online_loss": (lambda: [(*z(0), z(1, 2), Y, 2.0)], [
             ("the mean over the peers, not their sum", lambda z, peers, y, tau: CE(z, y) + sum(
                 softened(peer, z, tau) for peer in peers) / len(peers)),
@@ -308,8 +326,18 @@ MISTAKES = {
             ("the two distributions are swapped", lambda t, z, tau: tau**2 * softened(z, t, tau)),
             ("divided by B C, not by B", lambda t, z, tau: tau**2 * softened(t, z, tau) / 5),
             ("the temperature is left out", lambda t, z, tau: softened(t, z))]),
-        "teacher_loss": (lambda: [(*z(0, 1, 2), Y, WEIGHTS, 2.0)], TRIPLET),
-        "student_loss": (lambda: [(*z(0, 1, 2), Y, WEIGHTS, 2.0)], TRIPLET),
+        "triplet_loss": (lambda: [(*z(0, 1, 2), Y, WEIGHTS, 2.0)], [
+            ("the weights of peer and anchor are swapped", triplet(lambda w: (w[0], w[2], w[1]))),
+            ("without the anchor", triplet(lambda w: (*w[:2], 0))),
+            ("without the peer", triplet(lambda w: (w[0], 0, w[2]))),
+            ("the cross-entropy has the temperature too",
+             triplet(ce=lambda z, y, tau: CE(z / tau, y))),
+            ("the KLs are the other way round",
+             triplet(kl=lambda target, z, tau: softened(z, target, tau))),
+            ("the loss of the other network", lambda z, peer, *more: triplet()(peer, z, *more)),
+            ("the terms have their weights", lambda *given: (triplet()(*given)[0], {
+                name: w * term for w, (name, term) in zip(
+                    given[4], triplet()(*given)[1].items())}))]),
         "label_shares": (lambda: [(WEIGHTS, WEIGHTS._replace(label=0.3))], [
             ("l_T and l_S are swapped", lambda T, S: (
                 (S[0] * sum(T) + S[1] * T[0]) / (sum(T) * sum(S) - T[1] * S[1]),
@@ -318,7 +346,7 @@ MISTAKES = {
              lambda T, S: (T[0] / (T[0] + T[2]), S[0] / (S[0] + S[2])))]),
     },
     "letkd": {
-        "word_targets": (lambda: [(*maps(0), logits(7, 5, seed=1), 0.6)], [
+        "word_targets": (lambda: [(*z(0, shape=MAPS), logits(7, 5, seed=1), 0.6)], [
             ("the sign: the farthest word wins",
              lambda z, rho, tau: F.softmax(-tau * closeness(z, rho), 1)),
             ("the distance is not squared",
@@ -327,11 +355,12 @@ MISTAKES = {
             ("divided by tau", lambda z, rho, tau: F.softmax(closeness(z, rho) / tau, 1)),
             ("inner products, without ||rho||^2", lambda z, rho, tau: F.softmax(
                 2 * tau * torch.einsum("bdhw,kd->bkhw", z, rho), 1))]),
-        "template_loss": (lambda: [(*maps(0), F.softmax(maps(1)[0].detach(), 1))], [
-            ("divided by B alone, as batchmean does on maps", lambda a, q: map_kl(a, q) / 2),
-            ("divided by K as well", lambda a, q: map_kl(a, q) / (2 * 5 * 3 * 4)),
-            ("the two distributions are swapped", lambda a, q: softened(
-                a.movedim(1, 3).flatten(0, 2), q.log().movedim(1, 3).flatten(0, 2))),
+        "template_loss": (lambda: [(*z(0, shape=MAPS), p(logits(*MAPS, seed=1)).detach())], [
+            ("divided by B alone, as batchmean does on maps",
+             lambda a, q: softened(rows(q.log()), rows(a)) * 3 * 4),
+            ("divided by K as well", lambda a, q: softened(rows(q.log()), rows(a)) / 5),
+            ("the two distributions are swapped",
+             lambda a, q: softened(rows(a), rows(q.log()))),
             ("a cross-entropy: the entropy of p_T is not subtracted", lambda a, q: -(
                 q * F.log_softmax(a, 1)).sum() / (2 * 3 * 4))]),
     },
@@ -348,30 +377,11 @@ MISTAKES = {
             ("hard gates, without a gradient",
              lambda theta, tau, g: (theta + noise(theta, g) > 0).float().detach())]),
         "augmentation_loss": (lambda: [(*z(0, 1), Y)], [
-            ("student and teacher are swapped", lambda t, s, y: terms(CE(s, y), away(t, y))),
+            ("student and teacher are swapped", lambda t, s, y: terms(
+                CE(s, y), -(1 - p(t).gather(1, y[:, None])).log().mean())),
             ("the student's cross-entropy is added: both shall know", lambda t, s, y: terms(
                 CE(t, y), CE(s, y))),
             ("eq. (14) in place of (13)", lambda t, s, y: terms(CE(t, y), -CE(s, y)))]),
-        "distillation_loss": (lambda: [(*z(0, 1), Y, 0.7, 3.0)], [
-            ("without tau^2", lambda s, t, y, w, T: CE(s, y) + w * softened(t, s, T)),
-            ("the KL's two distributions are swapped",
-             lambda s, t, y, w, T: CE(s, y) + w * T**2 * softened(s, t, T)),
-            ("without w", lambda s, t, y, w, T: CE(s, y) + T**2 * softened(t, s, T)),
-            ("without the cross-entropy", lambda s, t, y, w, T: w * T**2 * softened(t, s, T)),
-            ("the KL is divided by B C, not by B",
-             lambda s, t, y, w, T: CE(s, y) + w * T**2 * softened(t, s, T) / 5)]),
+        "distillation_loss": (lambda: [(*z(0, 1), Y, 0.7, 3.0)], KD),
     },
 }
-
-
-def noise(theta, generator):
-    u = torch.rand(theta.shape, generator=generator)
-    return u.log() - (1 - u).log()
-
-
-def away(z, y):
-    return -(1 - p(z).gather(1, y[:, None]) + 1e-8).log().mean()
-
-
-def terms(teacher, student):
-    return teacher + student, teacher, student

@@ -49,6 +49,8 @@ def report(what, ours, theirs, limit, note=""):
 
 def taken(path, names, changes=(), **given):
     """The functions and classes `names` of their file, its text changed as declared."""
+    if not path.exists():
+        sys.exit(f"official.py: error: {path} is missing: is that the checkout?")
     text = path.read_text()
     for old, new in changes:
         if old not in text:
@@ -61,13 +63,6 @@ def taken(path, names, changes=(), **given):
              "Variable": lambda tensor: tensor, "print": lambda *_: None, **given}
     exec(compile(ast.Module(nodes, []), str(path), "exec"), space)
     return SimpleNamespace(space=space, **{name: space[name] for name in names})
-
-
-def here(folder, path):
-    found = Path(folder) / path
-    if not found.exists():
-        sys.exit(f"official.py: error: {found} is missing: is {folder} the checkout?")
-    return found
 
 
 # ---------------------------------------------------------------------------------------- SwitOKD
@@ -95,6 +90,7 @@ def check_switokd(folder, steps=276):
     generator = torch.Generator().manual_seed(0)
     batches = [(torch.randn(16, 3, 12, 12, generator=generator, dtype=torch.float64),
                 torch.randint(0, 100, (16,), generator=generator)) for _ in range(23)]
+
     def networks(roles):
         """{role: network}, and their optimizers."""
         found = {}
@@ -106,10 +102,12 @@ def check_switokd(folder, steps=276):
         return found, {role: torch.optim.SGD(network.parameters(), 0.02, 0.9, weight_decay=5e-4)
                        for role, network in found.items()}
 
-    torch.Tensor.float = torch.Tensor.double
+    torch.Tensor.float = torch.Tensor.double  # the scripts' losses are float32; here all is float64
+    settings = SimpleNamespace(temperature=1.0, fixed=None, precision="fp32",
+                               device=torch.device("cpu"))
     for topology, path, changes, roles, note in programs:
         (theirs, sgd), (ours, own) = networks(roles.values()), networks(roles.values())
-        code = taken(here(folder, path), names, changes, trainloader=batches,
+        code = taken(folder / path, names, changes, trainloader=batches,
                      criterion=nn.CrossEntropyLoss())
         for name, role in roles.items():
             code.space[name] = theirs[role]
@@ -119,8 +117,8 @@ def check_switokd(folder, steps=276):
         teachers = {role: ours[role] for role in sorted(ours) if role.startswith("teacher")}
         while done < steps:
             code.train(1)
-            for images, labels in batches:  # the scripts' losses are float32; here all is float64
-                _, _, pairs = switokd.train_step(students, teachers, own, images, labels)
+            for images, labels in batches:
+                _, _, pairs = switokd.train_step(students, teachers, own, images, labels, settings)
                 expert += sum(pair.mode == "expert" for pair in pairs.values())
                 done += 1
         report(f"SwitOKD {topology}: weights after {done} steps, {expert} x expert",
@@ -132,9 +130,8 @@ def check_switokd(folder, steps=276):
 def check_letkd(folder):
     """Their layers, quantiser and losses against ours: outputs and gradients, float32."""
     torch.manual_seed(0)
-    tools = taken(here(folder, "distillation/architectures/tools.py"), ["Conv2dCos"])
-    place = "distillation/architectures/miscellaneous/"
-    given = {"tools": tools}
+    tools = taken(folder / "distillation/architectures/tools.py", ["Conv2dCos"])
+    place = folder / "distillation/architectures/miscellaneous"
     B, d, K, H, C, k, D, L = 4, 10, 12, 6, 3, 4, 9, 5
     x = torch.randn(B, d, H, H)
 
@@ -148,7 +145,7 @@ def check_letkd(folder):
         grads.append([out, one.grad, layer.weight.grad, layer.scale.grad.view(1)])
     report("LetKD cosine classifier: output, gradients", *grads, 2e-5)
 
-    plain = taken(here(folder, place + "valueLayer.py"), ["Classifier", "valueLayer"], **given)
+    plain = taken(place / "valueLayer.py", ["Classifier", "valueLayer"], tools=tools)
     layer, value = letkd.KDLayer(d, K, 0.7), plain.valueLayer(d, K, 0.7)
     match = tools.Conv2dCos(d, K, scale=3.0)
     layer.match.weight.data = match.weight.data.clone()
@@ -166,17 +163,15 @@ def check_letkd(folder):
             value.conv_value.layers.weight.grad, value.bn.weight.grad, value.bn.bias.grad,
             value.bn.running_var], 5e-5)
 
-    quantiser = taken(here(folder, place + "vector_quantization.py"), ["VectorQuantizerEMA"],
-                      **given)
+    quantiser = taken(place / "vector_quantization.py", ["VectorQuantizerEMA"])
     words = quantiser.VectorQuantizerEMA(K, D, 0.0, 0.0, temperature=1.0).eval()
     z = torch.randn(B, D, H, H)
     *_, p_T, _ = words(z, encodings_out=True)  # (B,H,W,K)
     report("LetKD words: p_T of eq. (7)", [letkd.word_targets(z, words._embedding.weight)],
            [p_T.movedim(3, 1)], 2e-5)
 
-    subclass = taken(here(folder, place + "valueLayer_subclass.py"),
-                     ["Classifier", "LDA_Layer", "PCA_Layer", "sub_dense_prediction", "valueLayer"],
-                     **given)
+    subclass = taken(place / "valueLayer_subclass.py", [
+        "Classifier", "LDA_Layer", "PCA_Layer", "sub_dense_prediction", "valueLayer"], tools=tools)
     W, mean = np.random.default_rng(0).normal(size=(D, L)), np.random.default_rng(1).normal(size=D)
     centres = np.random.default_rng(2).normal(size=(C * k, L)).astype(np.float32)
     table = np.random.default_rng(3).dirichlet(np.ones(C * k), C * k).astype(np.float32)
@@ -193,9 +188,9 @@ def check_letkd(folder):
     layer.match.weight.data = match.weight.data.clone()
     one, two, record = x.clone().requires_grad_(), x.clone().requires_grad_(), {}
     x_hat, scores = layer(one)
-    decisions = letkd.Decisions(torch.tensor(W.T).float(), torch.tensor(-W.T @ mean).float(),
-                                torch.tensor(centres), torch.tensor(table), k)
-    loss = letkd.template_loss(scores, letkd.decision_targets(z, labels, decisions))
+    decisions = (torch.tensor(W.T).float(), torch.tensor(-W.T @ mean).float(),
+                 torch.tensor(centres).view(C, k, L), torch.tensor(table))  # W, b, c_n, s_T
+    loss = letkd.template_loss(scores, letkd.decision_targets(z, labels, *decisions))
     features, _, their_loss, _ = inter(z, match(two), two, labels, record)
     (loss + x_hat.square().sum()).backward()
     (their_loss + features.square().sum()).backward()
@@ -203,7 +198,7 @@ def check_letkd(folder):
            [x_hat, loss.view(1), one.grad, layer.match.weight.grad, layer.value.weight.grad],
            [features, their_loss.view(1), two.grad, match.weight.grad,
             inter.conv_value.layers.weight.grad], 5e-5)
-    kd = taken(here(folder, "distillation/criterions/KD.py"), ["DistillKL"])
+    kd = taken(folder / "distillation/criterions/KD.py", ["DistillKL"])
     s, t = torch.randn(2, 8, 20)
     report("LetKD control (kd)", [letkd.kd_loss(s, t, 4.0).view(1)],
            [kd.DistillKL(4.0)(s, t).view(1)], 2e-5)
@@ -215,7 +210,7 @@ def check_tst(folder):
     from torchvision import transforms
     from torchvision.transforms import InterpolationMode
     from torchvision.transforms import functional as tv
-    base = here(folder, "SDAKD_FOR_BASELINE/datas/Augmention.py").parents[1]
+    base = folder / "SDAKD_FOR_BASELINE"
     words = {"List": list, "Optional": Optional, "Tensor": torch.Tensor, "transforms": transforms,
              "InterpolationMode": InterpolationMode, "Parameter": nn.Parameter, "os": os}
     operations = taken(base / "datas/COLOR.py", ["_apply_op"], **{**words, "F": tv})
@@ -294,7 +289,7 @@ def check_tst(folder):
     loss_t, loss_s = critic.criticion("")(s, t, F.one_hot(y, 10))
     report("TST Stage II: L_T, L_S", tst.augmentation_loss(t, s, y)[1:], (loss_t, loss_s), 1e-5)
     kd = taken(base / "losses/KD.py", ["KDLoss"])
-    report("TST Stage III: D", [tst.distillation_loss(s, t, y)], [kd.KDLoss(4)(s, t, y)], 1e-5)
+    report("TST Stage III: D", tst.distillation_loss(s, t, y)[:1], [kd.KDLoss(4)(s, t, y)], 1e-5)
     rule, rate = critic.ALRS(SimpleNamespace(param_groups=[{"lr": 0.01}])), [0.01]
     losses, rates = [2, 1.9, 1.89, 1.885, 1.95, 1.96, 1.93, 1.92], []
     for before, loss in zip([999, *losses], losses):
@@ -307,7 +302,7 @@ def check_tst(folder):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for method in ("switokd", "letkd", "tst"):
-        parser.add_argument(f"--{method}", metavar="DIR", help="the authors' checkout")
+        parser.add_argument(f"--{method}", type=Path, metavar="DIR", help="the authors' checkout")
     arguments = parser.parse_args()
     if not any(vars(arguments).values()):
         parser.error("name at least one checkout")

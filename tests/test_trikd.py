@@ -4,13 +4,16 @@ Goldens are typed from the specification (six decimals), beside them what usual 
 """
 
 import copy
-import importlib
+import functools
 from argparse import Namespace
 
+import conftest
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, refused, result_of, same, same_run, shapes_data, stopped, table, weights
+from conftest import (
+    ce, folder_of, log_p, refused, result_of, same, same_run, shapes_data, stopped, table, tensor,
+    weights)
 from torch import nn
 
 import common
@@ -23,19 +26,9 @@ Z_A, Y = [[0, 1, 0], [1, -1, 0]], [0, 2]
 ONES, FIRST, SECOND = Weights(1, 1, 1), Weights(1, 0.5, 2), Weights(1, 1.5, 0.25)
 
 
-def log_p(z, tau=1.0):
-    z = np.asarray(z, float) / tau
-    return z - np.log(np.exp(z).sum(1, keepdims=True))
-
-
 def kl(target, own, tau=1.0):
     """Eq. (1), tau^2 included."""
-    a, b = log_p(target, tau), log_p(own, tau)
-    return tau**2 * (np.exp(a) * (a - b)).sum(1).mean()
-
-
-def ce(z, y=Y):
-    return -log_p(z)[np.arange(len(y)), y].mean()
+    return tau**2 * conftest.kl(target, own, tau)
 
 
 def gradient(own, peer, anchor, y, w, tau):
@@ -43,10 +36,6 @@ def gradient(own, peer, anchor, y, w, tau):
     p, q, a = (np.exp(log_p(z, tau)) for z in (own, peer, anchor))
     hard = np.exp(log_p(own)) - np.eye(np.shape(own)[1])[y]
     return (w[0] * hard + tau * (w[1] * (p - q) + w[2] * (p - a))) / len(y)
-
-
-def tensor(values, grad=False):
-    return torch.tensor(np.asarray(values, float), requires_grad=grad)
 
 
 # -------------------------------------------------------------------------- equations (1) to (6)
@@ -72,8 +61,8 @@ def test_kl_goldens(tau, values):
 def test_loss_and_gradient_goldens(w_T, w_S, tau, values, g_T, g_S):
     """One backward on the sum: detached targets keep the gradients apart."""
     z_T, z_S, z_A = (tensor(z, True) for z in (Z_T, Z_S, Z_A))
-    L_T = trikd.teacher_loss(z_T, z_S, z_A, torch.tensor(Y), w_T, tau)
-    L_S = trikd.student_loss(z_S, z_T, z_A, torch.tensor(Y), w_S, tau)
+    L_T, _ = trikd.triplet_loss(z_T, z_S, z_A, torch.tensor(Y), w_T, tau)
+    L_S, _ = trikd.triplet_loss(z_S, z_T, z_A, torch.tensor(Y), w_S, tau)
     assert (L_T.item(), L_S.item()) == pytest.approx(values, abs=DIGITS)
     (L_T + L_S).backward()
     assert z_A.grad is None
@@ -83,9 +72,9 @@ def test_loss_and_gradient_goldens(w_T, w_S, tau, values, g_T, g_S):
 
 def test_what_the_usual_mistakes_would_give():
     """Listed wrong values of the second case; right are 2.412709 and, of the gradient, 0.593224."""
-    without = ce(Z_T) + (0.5 * kl(Z_S, Z_T, 2) + 2 * kl(Z_A, Z_T, 2)) / 4
-    backwards = ce(Z_T) + 0.5 * kl(Z_T, Z_S, 2) + 2 * kl(Z_T, Z_A, 2)
-    mean = ce(Z_T) + (0.5 * kl(Z_S, Z_T, 2) + 2 * kl(Z_A, Z_T, 2)) / 3
+    without = ce(Z_T, Y) + (0.5 * kl(Z_S, Z_T, 2) + 2 * kl(Z_A, Z_T, 2)) / 4
+    backwards = ce(Z_T, Y) + 0.5 * kl(Z_T, Z_S, 2) + 2 * kl(Z_T, Z_A, 2)
+    mean = ce(Z_T, Y) + (0.5 * kl(Z_S, Z_T, 2) + 2 * kl(Z_A, Z_T, 2)) / 3
     assert (without, backwards, mean) == pytest.approx((1.136270, 2.469466, 1.278097), abs=DIGITS)
     p, log_ratio = np.exp(log_p(Z_T, 2)), log_p(Z_T, 2) - log_p(Z_S, 2)
     leak = p * (log_ratio - (p * log_ratio).sum(1, keepdims=True))  # of L_S, target not detached
@@ -108,8 +97,7 @@ def test_label_shares(T, S, shares):
 
 
 @pytest.mark.parametrize("w_T, w_S, p_T, p_S", [
-    (ONES, ONES, [[0.605971, 0.288058, 0.105971], [0.332620, 0.045015, 0.622364]],
-     [[0.605971, 0.288058, 0.105971], [0.332620, 0.045015, 0.622364]]),
+    (ONES, ONES, *[[[0.605971, 0.288058, 0.105971], [0.332620, 0.045015, 0.622364]]] * 2),
     (FIRST, SECOND, [[0.500526, 0.365145, 0.134329], [0.421632, 0.057062, 0.521307]],
      [[0.655918, 0.251544, 0.092538], [0.290457, 0.039309, 0.670234]])])
 def test_free_logits_reach_the_fixed_point(w_T, w_S, p_T, p_S):
@@ -118,8 +106,8 @@ def test_free_logits_reach_the_fixed_point(w_T, w_S, p_T, p_S):
     optimizer = torch.optim.SGD([z_T, z_S], 2)
     for _ in range(200):
         optimizer.zero_grad()
-        (trikd.teacher_loss(z_T, z_S, z_A, torch.tensor(Y), w_T)
-         + trikd.student_loss(z_S, z_T, z_A, torch.tensor(Y), w_S)).backward()
+        (trikd.triplet_loss(z_T, z_S, z_A, torch.tensor(Y), w_T)[0]
+         + trikd.triplet_loss(z_S, z_T, z_A, torch.tensor(Y), w_S)[0]).backward()
         optimizer.step()
     for z, p, share in zip((z_T, z_S), (p_T, p_S), trikd.label_shares(w_T, w_S)):
         line = share * np.eye(3)[Y] + (1 - share) * np.exp(log_p(Z_A))
@@ -128,147 +116,121 @@ def test_free_logits_reach_the_fixed_point(w_T, w_S, p_T, p_S):
 
 
 # ------------------------------------------------------------------------------------------ steps
-class Logits(nn.Module):
-    """A network that answers with a parameter, whatever it is shown; an old gradient lies on it."""
-
-    def __init__(self, z):
-        super().__init__()
-        self.z = nn.Parameter(tensor(z))
-        self.z.grad = torch.ones_like(self.z)
-
-    def forward(self, images):
-        return self.z
+def answering(z):
+    """A network that shows image n row n of z, its weights; an old gradient lies on them."""
+    network = nn.Embedding.from_pretrained(tensor(z), freeze=False)
+    network.weight.grad = torch.ones_like(network.weight)
+    return network
 
 
-@pytest.mark.parametrize("roles", [None, [], ["peer"], ["anchor"], ["peer", "anchor"]])
+@pytest.mark.parametrize("learns, peer, anchor", [  # does T learn; are T and A there?
+    (1, 1, 1), (1, 1, 0), (0, 0, 0), (0, 1, 0), (0, 0, 1), (0, 1, 1)])
 @pytest.mark.parametrize("batch, classes, tau", [(1, 3, 1), (6, 5, 1), (8, 20, 4), (3, 2, 0.5)])
-def test_steps_follow_the_gradients(roles, batch, classes, tau):
-    """Eq. (4), both networks at once, by (5); or a control: the student by (3), where an absent
-    network (not in `roles`) has no term. What is fixed stays as it is."""
+def test_steps_follow_the_gradients(learns, peer, anchor, batch, classes, tau):
+    """Eq. (4) by (5): who is absent has no term, who does not learn stays as it is."""
     random = np.random.default_rng(batch)
     z_S, z_T, z_A = random.normal(0, 2, (3, batch, classes))
-    y, w_T, w_S = random.integers(0, classes, batch), FIRST, Weights(*random.uniform(0, 3, 3))
-    student, teacher, anchor = Logits(z_S), Logits(z_T), common.frozen(Logits(z_A))
-    fixed = {"peer": common.frozen(teacher), "anchor": anchor}
+    x, y = torch.arange(batch), random.integers(0, classes, batch)
+    teacher, w_S = answering(z_T), Weights(*random.uniform(0, 3, 3))
+    networks = [answering(z_S), (teacher if learns else common.frozen(teacher)) if peer else None,
+                common.frozen(answering(z_A)) if anchor else None]
+    triples = {"student": w_S, "teacher": FIRST} if learns else {"student": w_S}
     flags = Namespace(temperature=tau, precision="fp32", device=torch.device("cpu"))
-    sgd = {"student": torch.optim.SGD(student.parameters(), 0.5),
-           "teacher": torch.optim.SGD(teacher.parameters(), 0.5)}
-    wanted = {"S_ce": ce(z_S, y), "S_peer": kl(z_T, z_S, tau), "S_anchor": kl(z_A, z_S, tau)}
-    if roles is None:
-        terms, logits = trikd.train_step(student, teacher, anchor, sgd, None, torch.tensor(y),
-                                         {"student": w_S, "teacher": w_T}, flags)
-        wanted |= {"T_ce": ce(z_T, y), "T_peer": kl(z_S, z_T, tau), "T_anchor": kl(z_A, z_T, tau)}
-        ended = z_T - 0.5 * gradient(z_T, z_S, z_A, y, w_T, tau)
-    else:
-        terms, logits = trikd.control_step(student, {role: fixed[role] for role in roles},
-                                           sgd["student"], None, torch.tensor(y), w_S, flags)
-        w_S = [w_S.label, *(getattr(w_S, role) * (role in roles) for role in ("peer", "anchor"))]
-        wanted = {name: wanted[name] for name in ("S_ce", *(f"S_{role}" for role in roles))}
-        ended = z_T
-    assert {name: term.item() for name, term in terms.items()} == pytest.approx(wanted, rel=1e-5)
+    sgd = torch.optim.SGD([one.weight for one in networks if one], 0.5)
+    terms, logits = trikd.train_step(*networks, sgd, x, torch.tensor(y), triples, flags)
     assert logits.dtype == torch.float32 and logits.tolist() == pytest.approx(z_S.astype("f4"))
-    assert teacher.z.detach().numpy() == pytest.approx(ended, abs=1e-6)
-    ended = z_S - 0.5 * gradient(z_S, z_T, z_A, y, w_S, tau)
-    assert student.z.detach().numpy() == pytest.approx(ended, abs=1e-6)
-    assert torch.equal(fixed["peer"].z, tensor(z_T)) and torch.equal(anchor.z, tensor(z_A))
+    wanted, ended = {}, [z_S, z_T, z_A]
+    for place, (role, w) in enumerate(triples.items()):
+        own, other = (z_S, z_T) if role == "student" else (z_T, z_S)
+        values = {"ce": ce(own, y), "peer": kl(other, own, tau), "anchor": kl(z_A, own, tau)}
+        there = np.array([1, peer, anchor])
+        wanted |= {f"{role[0].upper()}_{name}": value
+                   for (name, value), here in zip(values.items(), there) if here}
+        ended[place] = own - 0.5 * gradient(own, other, z_A, y, there * w, tau)
+    assert {name: term.item() for name, term in terms.items()} == pytest.approx(wanted, rel=1e-5)
+    for network, z in zip(networks, ended):
+        assert network is None or network.weight.detach().numpy() == pytest.approx(z, abs=1e-6)
 
 
 # ------------------------------------------------------------------------------------------ flags
 @pytest.mark.parametrize("typed, T, S", [
     ("", (1, 1, 0.1), (1, 1, 0.1)), ("--anchor-weight 3", (1, 1, 3), (1, 1, 3)),
     ("--label-weight 1 2 --peer-weight 0.5 1.5 --anchor-weight 2 0.25", FIRST, (2, 1.5, 0.25)),
-    ("--anchor-on teacher", (1, 1, 0.1), (1, 1, 0)),
-    ("--anchor-on student --anchor-weight 3", (1, 1, 0), (1, 1, 3)),
-    ("--peer none", (1, 0, 0.1), (1, 0, 0.1))])
-def test_the_six_weights(typed, T, S):
+    ("--anchor-weight 0.1 0", (1, 1, 0.1), (1, 1, 0))])
+def test_the_six_weights(typed, T, S, capsys):
     arguments = trikd.parse_args(f"--device cpu {typed}".split())
     assert [trikd.weights_of(role, arguments) for role in ("teacher", "student")] == [T, S]
-
-
-@pytest.mark.parametrize("typed, word", [
-    ("--label-weight 1 2 3", "--label-weight"), ("--anchor-weight -1", "--anchor-weight"),
-    ("--label-weight 1 0 --peer-weight 1 0 --anchor-on teacher", "the student are 0"),
-    ("--label-weight 0 1 --peer-weight 0 --anchor-on student", "the teacher are 0"),
-    ("--peer none --label-weight 0 --anchor-weight 0", "nothing to learn"),
-    ("--label-weight 0 --compare", "--label-weight 0"),
-    ("--peer none --peer-weight 2", "--peer-weight has no effect here")])
-def test_argument_errors_are_one_line(typed, word, capsys):
-    assert word in refused("trikd", typed, capsys)
-
-
-def test_counts_of_a_chain_start_before_it():
-    """A_0 counts where an anchor is used, a finished teacher where it teaches; all is ADDED."""
-    rows = [{"generation": g, "test": test, "s": 2.0}
-            for g, test in ((1, None), (1, 30.0), (2, 50.0), (2, 40.0))]
-    result = {"rows": rows, "generations": [{"generation": 1}, {"generation": 2}],
-              "before": {"epochs": 5, "t_epochs": 7, "seconds": 100.0}}
-    for peer, t_epochs in (("online", (9, 11)), ("finished", (7, 7))):
-        found = trikd.generation_rows("chain", {**result, "arguments": {"peer": peer}})
-        assert [(one["epochs"], one["t_epochs"], one["seconds"], one["best"]) for one in found] == [
-            (7, t_epochs[0], 104, 30), (9, t_epochs[1], 108, 50)]
-    alone = {name: (None, {"rows": [{}] * count, "seconds": seconds}) for name, count, seconds in (
-        ("student alone", 3, 10.0), ("student alone, long", 9, 70.0), ("teacher alone", 4, 25.0))}
-    off = Weights(1, 1, 0)
-    for triples, peer, counts in (
-            ([off, off], "online", (0, 0, 0)), ([off, ONES], "online", (3, 0, 10)),
-            ([off], "finished", (0, 4, 25)), ([ONES], "finished", (3, 4, 35))):
-        assert tuple(trikd.trained_before(alone, triples, peer).values()) == counts
+    assert "--label-weight: one value" in refused("trikd", f"{typed} --label-weight 1 2 3", capsys)
 
 
 # ------------------------------------------------------------------------------------------ runs
-class Trace(Namespace):
-    __repr__ = object.__repr__  # else a failing test prints every weight of every step
-
-
 @pytest.fixture(scope="module")
 def whole(run, tmp_path_factory):
-    """Two generations and all controls; the networks in the steps of the triplet."""
-    folder, cache, steps = tmp_path_factory.mktemp("whole"), tmp_path_factory.mktemp("cache"), []
+    """Two generations and all other METHODS; the networks in their steps, {method: [steps]}."""
+    folder, cache, steps = tmp_path_factory.mktemp("whole"), tmp_path_factory.mktemp("cache"), {}
     original = trikd.train_step
 
+    @functools.wraps(original)
     def spy(*given):
-        networks, optimizers, labels = given[:3], given[3].values(), given[5]
-        states = [network.state_dict() for network in networks]
-        steps.append(Trace(before=copy.deepcopy(states), labels=labels,
-                           training=[network.training for network in networks],
-                           momentum={len(one.state) > 0 for one in optimizers},
-                           rates={one.param_groups[0]["lr"] for one in optimizers}))
+        networks, (optimizer, _, labels, triples, settings) = given[:3], given[3:]
+        states = [network and network.state_dict() for network in networks]
+        step = Namespace(before=copy.deepcopy(states), labels=labels, weights=triples,
+                         training=[network and network.training for network in networks],
+                         momentum=len(optimizer.state) > 0, rate=optimizer.param_groups[0]["lr"])
+        steps.setdefault(settings.method, []).append(step)
         found = original(*given)
-        steps[-1].after = copy.deepcopy(states)
+        step.after = copy.deepcopy(states)
         return found
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trikd, "train_step", spy)
         printed = run("trikd", folder, f"--generations 2 --compare --cache {cache}")
-    return Trace(folder=folder, cache=cache, printed=printed, steps=steps)
+    return Namespace(folder=folder, cache=cache, printed=printed, steps=steps)
 
 
-def test_generations_hand_over(whole):
+@pytest.mark.parametrize("method, G, E, training, T, S", [  # S, T, A: train mode, or not there
+    ("TriKD", 2, 2, [True, True, False], (1, 1, 0.1), (1, 1, 0.1)),
+    ("mutual learning", 1, 2, [True, True, None], (1, 1, 0), (1, 1, 0)),
+    ("kd", 1, 2, [True, False, None], None, (1, 1, 0)),
+    ("born-again", 2, 2, [True, None, False], None, (1, 0, 1)),
+    ("mutual learning long", 1, 6, [True, True, None], (1, 1, 0), (1, 1, 0)),
+    ("student alone long", 1, 6, [True, None, None], None, (1, 0, 0))])
+def test_generations_hand_over(method, G, E, training, T, S, whole):
     """A_g is S_g to the bit, A_0 the plain student; S_g+1 and T_g+1 start elsewhere, fresh."""
-    generations = whole.steps[:12], whole.steps[12:24]  # 6 batches in each of 2 epochs
-    (cached,) = whole.cache.glob("shapes-resnet8x0.5-2-*")
-    anchors = weights(cached / "epoch-0002.pt"), generations[0][-1].after[0]
-    assert not torch.equal(generations[0][0].labels, generations[1][0].labels)
-    for g, (generation, anchor) in enumerate(zip(generations, anchors), 1):
-        assert all(same(step.before[2], anchor) and same(step.after[2], anchor)
-                   and step.training == [True, True, False] for step in generation)
-        assert [step.momentum for step in generation] == [{False}] + [{True}] * 11
-        for index, (role, name) in enumerate((("student", "resnet8x0.5"), ("teacher", "resnet8"))):
-            fresh = common.build_model(name, 20, 16, 10_000 * g + 1000 * index)
-            assert same(generation[0].before[index], fresh.state_dict())
-            assert same(weights(whole.folder / f"{role}-{g}.pt"), generation[-1].after[index])
-    assert same(weights(whole.folder / "student.pt"), generations[-1][-1].after[0])
-    rates = [rate for step in whole.steps[-36::6] for rate in step.rates]  # of the 6 epochs long
-    assert rates == pytest.approx([0.1] * 4 + [0.01, 0.001])
+    def alone(name):
+        (folder,) = whole.cache.glob(f"shapes-{name}-2-*")
+        return common.load_weights(common.build_model(name, 20, 16), folder / "epoch-0002.pt")
+    steps, folder = whole.steps[method], folder_of(whole.folder, method)
+    anchor, n = alone("resnet8x0.5").state_dict(), 6 * E  # 6 batches in an epoch
+    for g in range(1, G + 1):
+        generation = steps[(g - 1) * n:g * n]
+        assert [step.momentum for step in generation] == [False] + [True] * (n - 1)
+        for step in generation:
+            assert step.training == training
+            assert step.weights == ({"student": S, "teacher": T} if T else {"student": S})
+            assert step.before[2] is None or same(step.before[2], anchor)
+        assert step.after[2] is None or same(step.after[2], anchor)
+        for place, name in enumerate(("resnet8x0.5", "resnet8")[:2 if T else 1]):
+            fresh = common.build_model(name, 20, 16, 10_000 * g + 1000 * place)
+            assert same(generation[0].before[place], fresh.state_dict())
+            saved = weights(folder / f"{('student', 'teacher')[place]}-{g}.pt")
+            assert same(saved, generation[-1].after[place])
+        rates = [0.1, 0.1] if E == 2 else [0.1] * 4 + [0.01, 0.001]
+        assert [step.rate for step in generation[::6]] == pytest.approx(rates)
+        anchor = generation[-1].after[0]
+    assert len(steps) == G * n and same(weights(folder / "student.pt"), anchor)
+    assert G == 1 or not torch.equal(steps[0].labels, steps[n].labels)
+    if method == "kd":
+        assert same(steps[-1].after[1], common.folded(alone("resnet8")).state_dict())
 
 
 def test_measures_by_hand(whole):
     """Accuracies, KL, agreement of the last generation from the saved weights, in numpy."""
-    data, result = shapes_data(), result_of(whole.folder)
-    last = result["generations"][-1]
+    data, result = shapes_data(), result_of(folder := folder_of(whole.folder, "TriKD"))
+    last, rows = result["table"][-1], result["rows"]
 
     def logits(role, g, split):
         network = common.build_model({"student": "resnet8x0.5", "teacher": "resnet8"}[role], 20, 16)
-        network.load_state_dict(weights(whole.folder / f"{role}-{g}.pt"))
+        network.load_state_dict(weights(folder / f"{role}-{g}.pt"))
         with torch.no_grad():
             return network.eval()(split.normalise(split.images)).double().numpy()
     S, T, A = (logits(*key, data.test) for key in (("student", 2), ("teacher", 2), ("student", 1)))
@@ -277,104 +239,57 @@ def test_measures_by_hand(whole):
     for role, key, gap in (("student", "test", "s_gap"), ("teacher", "teacher", "t_gap")):
         test, train = (100 * (logits(role, 2, split).argmax(1) == split.labels.numpy()).mean()
                        for split in (data.test, data.train))
-        assert last[key] == result["rows"][-1][key] == pytest.approx(test)
-        assert (last[f"{role}_train"], last[gap]) == pytest.approx((train, train - test))
-    assert result["label_shares"] == pytest.approx({"teacher": 1 / 1.1, "student": 1 / 1.1})  # (8)
-    assert result["images"] == dict.fromkeys(("student forward and backward", "anchor forward",
-                                              "teacher forward and backward"), 4 * 260)
-    assert result_of(whole.folder / "kd")["images"] == dict.fromkeys((
-        "student forward and backward", "peer forward"), 2 * 260)
+        assert last[key] == rows[-1][key] == pytest.approx(test)
+        assert last[gap] == pytest.approx(train - test)
+    assert last["best"] == max(row["test"] for row in rows[2:])  # of this generation
+    assert last["seconds"] == pytest.approx(sum(row["s"] for row in rows))  # of both
+    assert result["label_shares"] == pytest.approx([1 / 1.1, 1 / 1.1])  # Eq. (8)
 
 
-def test_compare_prints_every_control_with_its_epochs(whole):
-    """The counts, and where the seconds start: with A_0's, or with those of kd's teacher."""
+def test_compare_prints_every_method_with_its_epochs(whole):
+    """A_0 counts where an anchor is used, a finished teacher where it teaches."""
     found = table(whole.printed)
-    epochs = {name: (int(row["epochs"]), int(row["t_epochs"])) for name, row in found.items()}
-    assert epochs == {
-        "student alone": (2, 0), "student alone, long": (6, 0), "TriKD, generation 1": (4, 2),
-        "TriKD, generation 2": (6, 4), "kd": (2, 2), "mutual learning": (2, 2),
-        "born-again, generation 1": (4, 0), "born-again, generation 2": (6, 0),
-        "mutual learning, long": (6, 6)}
-    for name, network in (("born-again", "resnet8x0.5"), ("kd", "resnet8")):
-        (cached,) = whole.cache.glob(f"shapes-{network}-2-*")
-        assert result_of(whole.folder / name)["before"]["seconds"] == result_of(cached)["seconds"]
-    assert not any(result_of(whole.folder / "mutual-learning-long")["before"].values())
+    assert [(name, int(row["epochs"]), int(row["t_epochs"])) for name, row in found.items()] == [
+        ("teacher alone", 0, 2), ("student alone", 2, 0), ("TriKD, generation 1", 4, 2),
+        ("TriKD, generation 2", 6, 4), ("mutual learning", 2, 2), ("kd", 2, 2),
+        ("born-again, generation 1", 4, 0), ("born-again, generation 2", 6, 0),
+        ("mutual learning long", 6, 6), ("student alone long", 6, 0)]
+    assert found["kd"]["teacher"] == found["teacher alone"]["test"]
 
 
-@pytest.mark.parametrize("typed, twin, at", [
-    ("--generations 2", "", ("train_step", 12 + 6 + 3)),
-    ("--generations 2 --peer none --anchor-weight 1", "born-again", ("control_step", 12 + 6 + 3)),
-    ("--generations 1 --peer finished --anchor-weight 0", "kd", ("control_step", 6 + 3)),
-    ("--generations 1 --anchor-weight 0", "mutual-learning", ("train_step", 6 + 3))])
-def test_a_stopped_chain_goes_on_bit_for_bit(typed, twin, at, whole, run, tmp_path, monkeypatch):
-    """Stopped in epoch 2 of the last generation. A control is the run that its flags give."""
+@pytest.mark.parametrize("method, step", [
+    ("TriKD", 12 + 6 + 3), ("born-again", 12 + 6 + 3), ("kd", 6 + 3), ("mutual learning", 6 + 3)])
+def test_a_stopped_chain_goes_on_bit_for_bit(method, step, whole, run, tmp_path, monkeypatch):
+    """Stopped in epoch 2 of the last generation; the networks of those before lie there."""
+    flags = f"--generations 2 --method '{method}' --cache {whole.cache}"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        stopped(patch, trikd, *at)
-        run("trikd", tmp_path, f"{typed} --cache {whole.cache}")
-    run("trikd", tmp_path, f"{typed} --cache {whole.cache} --resume")
-    assert same_run(tmp_path, whole.folder / twin)
+        stopped(patch, trikd, "train_step", step)
+        run("trikd", tmp_path, flags)
+    folder = folder_of(tmp_path, method)
+    assert (folder / "student-1.pt").exists() == (step > 12)
+    assert f"goes on after epoch {step // 6}" in run("trikd", tmp_path, flags)
+    assert same_run(folder, folder_of(whole.folder, method))
 
 
-@pytest.mark.parametrize("typed, controls", [
-    ("--anchor-weight 0 --peer-weight 0", "born-again/mutual learning, long"),
-    ("--anchor-weight 1 --peer none", "kd/mutual learning/mutual learning, long")])
-def test_useless_controls_are_left_out_and_all_others_learn(typed, controls, run, tmp_path,
-                                                            monkeypatch):
-    monkeypatch.setattr(common, "SHAPES_TRAIN", 130)
-    printed = run("trikd", tmp_path, f"{typed} --compare --generations 1 --epochs 1")
-    rows = ["student alone", "student alone, long", "TriKD", *controls.split("/")]
-    assert list(table(printed)) == rows
-    for control, terms in (("born-again", {"S_anchor"}), ("kd", {"S_peer"})):
-        if control in rows:
-            assert {"S_ce"} | terms <= set(result_of(tmp_path / control)["rows"][0])
-
-
-def test_fraction_open_set_and_temperature(run, tmp_path, monkeypatch):
-    """Tested every 1 / F epochs; unseen classes have no logit; eq. (7) holds at tau = 1 alone."""
+def test_fraction_open_set_temperature_and_a_method_that_is_another(run, tmp_path):
+    """Unseen classes have no logit; eq. (7) holds at tau = 1 alone; without the anchor TriKD is
+    mutual learning."""
     found = table(run("trikd", tmp_path, "--train-fraction 0.3 --open-set 4 --generations 1 "
-                      "--temperature 2 --mean 0.4 0.5 0.6 --std 0.2 0.2 0.2"))
-    result = result_of(tmp_path)
-    monkeypatch.syspath_prepend(ROOT / "docs")  # pictures load the same images from the record
-    again = common.load_data(importlib.import_module("figures").arguments_of(result))
-    assert again.mean == pytest.approx((0.4, 0.5, 0.6)) and again.classes == 16
-    assert result["arguments"]["anchor_weight"] == [0.1]  # a list, as typed by hand
-    for name in ("test", "teacher"):  # and at the end
-        tested = [row["epoch"] for row in result["rows"] if row[name] is not None]
-        assert tested == [3, 6, 7] and result["rows"][-1][name] == result["generations"][0][name]
+                      "--temperature 2 --mean 0.4 0.5 0.6 --std 0.2 0.2 0.2 --anchor-weight 0 "
+                      "--method TriKD 'mutual learning'"))
+    result = result_of(folder := folder_of(tmp_path, "TriKD"))
+    facts = result["arguments"]["data"]
+    assert facts["mean"] == pytest.approx((0.4, 0.5, 0.6)) and len(facts["classes"]) == 16
+    assert weights(folder / "student.pt")["head.weight"].shape[0] == 16
     assert result["label_shares"] is None
+    assert "the same run as TriKD" in found.pop("mutual learning").values()
+    assert list(found) == ["chance", "raw pixels", "untrained student", "student alone", "TriKD"]
     for row in found.values():
         assert 0 < float(row["rank1"]) <= 100 and 40 < float(row["verification"]) <= 100
-    assert found["TriKD"]["t_rank1"] != "-" == found["student alone"]["t_rank1"]
-    assert weights(tmp_path / "student.pt")["head.weight"].shape[0] == 16
 
 
 def test_student_and_teacher_learn_the_shapes(tmp_path, run, monkeypatch):
     monkeypatch.setattr(common, "SHAPES_TRAIN", 400)
     run("trikd", tmp_path, "--epochs 4 --batch-size 20 --generations 1")
-    (last,) = result_of(tmp_path)["generations"]
+    (last,) = result_of(folder_of(tmp_path, "TriKD"))["table"]
     assert min(last["test"], last["teacher"]) > 12  # chance: 5
-
-
-def test_pictures(whole, run, capsys, monkeypatch):
-    """From the record and its networks; A_0 is found in the cache, not trained again."""
-    pytest.importorskip("matplotlib.pyplot").close("all")  # those of other tests
-    monkeypatch.syspath_prepend(ROOT / "docs")
-    figures = importlib.import_module("figures")
-    points = np.random.default_rng(0).normal(size=(7, 2)) * (3, 1)  # the longer axis comes first
-    D = np.square(points[:, None] - points[None]).sum(2)
-    found = figures.classical_scaling(torch.tensor(D)).numpy()
-    assert np.square(found[:, None] - found[None]).sum(2) == pytest.approx(D, abs=1e-9)
-    assert found[:, 0].std() > found[:, 1].std()
-    run("trikd", whole.folder / "anchor-3", "--anchor-weight 3 --generations 1 --epochs 1")
-    drawn = figures.trikd(whole.folder, result_of(whole.folder))
-    assert "resnet8x0.5, trained before" in capsys.readouterr().out
-    texts = {name: [text.get_text() for text in figure.axes[0].texts]
-             for name, figure in drawn.items()}
-    networks = ["A0", *(f"{name} {network}" for name, chain in (
-        ("TriKD", "S1 S2 T1 T2"), ("born-again", "S1 S2"), ("mutual learning", "S1 T1"))
-        for network in chain.split())]
-    assert texts == {"generations.png": [], "tradeoff.png": ["3 (label share 0.25)"],
-                     "functions.png": networks}
-    student = drawn["generations.png"].axes[0].lines[0].get_ydata()
-    assert list(student) == [float(table(whole.printed)[name]["test"]) for name in (
-        "student alone", "TriKD, generation 1", "TriKD, generation 2")]

@@ -2,27 +2,24 @@
 specification, beside what the usual mistakes would give; what each stage freezes; tiny runs."""
 
 import copy
+import functools
 import itertools
 import math
-import shutil
 from argparse import Namespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import (
-    altered, forbidden, log, refused, result_of, same, shapes_data, stopped, table, weights)
-from torch.nn import functional as F
+    ce, folder_of, forbidden, kl, log, log_p, refused, result_of, same, shapes_data, stopped, table,
+    tensor, weights)
+from PIL import Image
 
 import common
 import tst
 
 T, S, Y = [[2, 0.5, -1], [0.3, -0.2, 1.5]], [[1, 0.8, -0.5], [0.9, 0.1, -0.3]], torch.tensor([0, 2])
 STATS = torch.full((3, 1, 1), 0.5), torch.full((3, 1, 1), 0.25)
-
-
-def tensor(values, grad=False):
-    return torch.tensor(np.asarray(values, float), requires_grad=grad)
 
 
 def near(values, digits=1e-6):  # the goldens have six decimals
@@ -33,31 +30,21 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def log_p(z, tau=1.0):
-    z = np.asarray(z, float) / tau
-    return z - np.log(np.exp(z).sum(1, keepdims=True))
-
-
-def kl(t, s, tau):
-    return (np.exp(log_p(t, tau)) * (log_p(t, tau) - log_p(s, tau))).sum(1).mean()
-
-
 def random_bytes(*shape, low=0):
     v = np.random.default_rng(0).integers(low, 256, shape)
     return v, torch.tensor(v, dtype=torch.uint8)
 
 
-def plain_augmenter(**flags):
+def plain_augmenter(kind=tst.Augmenter, **flags):
     encoders = [tst.ColorEncoder() if i < 6 else tst.GeometricEncoder() for i in range(11)]
-    return tst.Augmenter(encoders, *STATS, **flags)
+    return kind(encoders, *STATS, **flags)
 
 
-# ---------------------------------------------------------------- gates and encoders, (1) to (9)
 def test_the_25_numbers_and_their_gates(monkeypatch):
     """Gates: values at two temperatures, slopes by the logit, u clamped to 1e-6, and the rate."""
     augmenter = plain_augmenter()
-    assert {name: p.tolist() for name, p in augmenter.named_parameters() if p.requires_grad} == {
-        "theta_m": [0.0] * 11, "theta_p": [0.0] * 14}
+    learn = {name: p.tolist() for name, p in augmenter.named_parameters() if p.requires_grad}
+    assert learn == {"theta_m": [0.0] * 11, "theta_p": [0.0] * 14}
     augmenter.theta_m.data[3], augmenter.theta_p.data[13] = 2.0, -1.0
     assert augmenter.magnitudes().tolist() == near([0.5] * 3 + [0.880797] + [0.5] * 7)
     assert augmenter.probabilities().tolist() == near([0.5] * 13 + [0.268941])
@@ -79,8 +66,8 @@ def test_the_25_numbers_and_their_gates(monkeypatch):
 def test_composition_golden(monkeypatch):
     """x = .2, T_a = .8, T_b = -.4, g = (.75, .5): .35; chained it were .125. Gates 1 and 0."""
     augmenter, x = plain_augmenter(operations=2), torch.full((1, 3, 2, 2), 0.2)
-    def transform(i, images, magnitude, _):
-        assert images is x and (magnitude is None) == (i == 11)
+    def transform(i, images, m, _):
+        assert images is x and m.tolist() == [0.5] * 11
         return torch.full_like(x, {10: 0.8, 11: -0.4}[i])
     augmenter.transform = transform
     monkeypatch.setattr(torch, "randperm", lambda count, **__: torch.arange(count).roll(4))
@@ -92,7 +79,7 @@ def test_composition_golden(monkeypatch):
 
 def test_geometric_encoder_golden_and_by_hand():
     """align_corners=True would give (1.75, 2.75, 3.75, 1) for the first offset."""
-    encoder, random = tst.GeometricEncoder().double().requires_grad_(False), np.random
+    encoder = tst.GeometricEncoder().double().requires_grad_(False)
     x, m = tensor([1, 2, 3, 4]).expand(1, 3, 4, 4), tensor([[0.7]])
     for offset, row in ((0.5, (2, 3, 4, 0)), (0.25, (1.5, 2.5, 3.5, 2)), (-0.5, (0, 1, 2, 3)),
                         (0, (1, 2, 3, 4))):  # the last: unfitted, the identity
@@ -102,7 +89,7 @@ def test_geometric_encoder_golden_and_by_hand():
     x[:, :, 2, 4], turned[0, 2] = 1, 1  # by a quarter: right-middle goes to top-middle
     encoder.b.copy_(tensor([0, -1, 0, 1, 0, 0]))
     assert encoder(x, m)[0, 0].numpy() == near(turned)
-    h, W, b, m = (random.default_rng(0).normal(size=size) for size in (6, (6, 7), 6, (3, 1)))
+    h, W, b, m = (np.random.default_rng(0).normal(size=size) for size in (6, (6, 7), 6, (3, 1)))
     for parameter, value in ((encoder.h, h), (encoder.W, W), (encoder.b, b)):
         parameter.copy_(tensor(value))
     epsilon = torch.randn(3, 7, generator=generator(1)).double().numpy()
@@ -136,7 +123,6 @@ def test_color_encoder_golden_and_by_hand():
     assert encoder.scale_shift(m, 0.01, generator(3))[0].numpy() == near(2 * logit.sigmoid())
 
 
-# ---------------------------------------------- hand-written operations and Stage I, (10), (11)
 def test_pixel_goldens():
     """F = 1.5 and 0.5. The image's mean grey is 100: half its pixels 123, half 77."""
     image = torch.full((1, 3, 2, 2), 78, dtype=torch.uint8)
@@ -157,6 +143,9 @@ def test_pixel_goldens():
         step, solarized = 2 ** (8 - bits), np.where(v >= 255 - 255 * k / 9, 255 - v, v)
         assert np.array_equal(tst.exact("Posterize", image, k), v // step * step)
         assert np.array_equal(tst.exact("Solarize", image, k), solarized)
+    image = torch.full((1, 3, 32, 32), 10, dtype=torch.uint8)
+    image[:, :, 16:24], image[:, :, 24:] = 20, 30
+    assert tst.exact("Equalize", image, 0)[0, 1, [0, 16, 24], 0].tolist() == [0, 171, 255]
 
 
 def matrix(operation, m, shift=None):
@@ -185,9 +174,7 @@ def test_geometric_targets_by_their_matrix(operation):
 
 
 def test_bytes_and_fixed_operations(monkeypatch):
-    image = torch.full((1, 3, 32, 32), 10, dtype=torch.uint8)
-    image[:, :, 16:24], image[:, :, 24:] = 20, 30
-    assert tst.exact("Equalize", image, 0)[0, 1, [0, 16, 24], 0].tolist() == [0, 171, 255]
+    """Cutout at all 32 x 32 centres, one a batch: 25 to 100 % erased, 56.25 % on average."""
     v, small = random_bytes(2, 3, 8, 8)
     assert torch.equal(tst.exact("Equalize", small, 0), small)
     x = tst.from_bytes(small, *STATS)
@@ -200,7 +187,6 @@ def test_bytes_and_fixed_operations(monkeypatch):
     assert not any(out.requires_grad for out in found)
     assert torch.equal(found[0], x) and torch.equal(found[2], tst.cutout(x, generator(2)))
     assert torch.equal(found[1], tst.from_bytes(255 - small, *STATS))
-    # cutout at all 32 x 32 centres, one for the batch: 25 to 100 % erased, 56.25 % on average
     places = itertools.chain.from_iterable(itertools.product(range(32), repeat=2))
     monkeypatch.setattr(torch, "randint", lambda high, *_, **__: torch.tensor(
         [next(places)]) if high == 32 else None)
@@ -215,105 +201,85 @@ def test_fitted_matrices_match_the_closed_forms(name, limit):
     torch.manual_seed(1)
     encoder, side, m = tst.GeometricEncoder(), 4 if limit < 1 else 32, torch.linspace(-1, 1, 9)
     noise = torch.randn(256, 3, side, side, generator=generator(9))
-    images = F.interpolate(noise, (32, 32), mode="bilinear", align_corners=False)
+    images = torch.nn.functional.interpolate(noise, (32, 32), mode="bilinear")
     tst.fit_encoder(encoder, name, images, *STATS, 500, 16, generator=generator(2))
     gap = encoder.affine(m[:, None], 0) - tensor([matrix(name, one) for one in m.tolist()])
     assert gap.abs().max() < limit if limit < 1 else gap.abs().max() > 0.5
-    assert not any(p.requires_grad for p in encoder.parameters())
 
 
 def test_a_fit_step_is_eq_11(monkeypatch):
-    images, encoder = torch.randn(20, 3, 8, 8), tst.ColorEncoder()
+    """Level floor(10 rho), at most 9; the coin's sign where there is one; no noise."""
+    images, encoder, exact = torch.randn(20, 3, 8, 8), tst.ColorEncoder(), tst.exact
     encoder.J.data.fill_(0.1), encoder.G.data.fill_(0.1)
-    monkeypatch.setattr(torch, "randn", forbidden)  # no noise
-    def step(name, *draw):
-        monkeypatch.setattr(torch, "rand", lambda *_, **__: torch.tensor(draw))
-        return tst.fit_encoder(copy.deepcopy(encoder), name, images, *STATS, 1, 16, 0.0,
-                               generator=generator(2))
     x = images[torch.randint(20, (16,), generator=generator(2))]
-    target = tst.exact("Contrast", tst.to_bytes(x, *STATS), 5, -1)  # floor(5.7), the coin: minus
-    gap = encoder(x, torch.full((16, 1), -0.57), 0) - tst.from_bytes(target, *STATS)
-    assert step("Contrast", 0.57, 0.9) == pytest.approx(gap.square().mean().item(), rel=1e-5)
-    asked = []
-    monkeypatch.setattr(tst, "exact", lambda *args: asked.append(args[2:]) or args[1])
-    for rho, coin in ((0.0, 0.9), (0.999, 0.1), (1.0, 0.9)):
-        step("Solarize", rho, coin)
-        step("Color", rho, coin)
-    assert asked == [(0, 1), (0, -1), (9, 1), (9, 1), (9, 1), (9, -1)]
-    # the error of an encoder that does nothing: all ten levels, both signs where there are two
-    monkeypatch.setattr(tst, "exact", lambda _, v, level, sign: v.int() + level + 20 * (sign < 0))
-    x = tst.from_bytes(random_bytes(2, 3, 8, 8)[1], *STATS)
-    for name, gaps in (("Solarize", [*range(10)]), ("Rotate", [*range(10), *range(20, 30)])):
-        wanted = np.square(np.array(gaps) / 255 / 0.25).mean()
-        assert tst.identity_error(name, x, *STATS) == pytest.approx(wanted, rel=1e-4)
+    target = tst.from_bytes(exact("Contrast", tst.to_bytes(x, *STATS), 5, -1), *STATS)
+    wanted = [(made - target).square().mean().item()
+              for made in (encoder(x, torch.full((16, 1), -0.57), 0), x)]
+    found, asked = [], []
+    monkeypatch.setattr(torch, "randn", forbidden)
+    monkeypatch.setattr(tst, "exact", lambda *args: asked.append(args[2:]) or exact(*args))
+    for name, *draw in (("Contrast", 0.57, 0.9), ("Solarize", 0.0, 0.9), ("Color", 0.0, 0.9),
+                        ("Solarize", 0.999, 0.9), ("Color", 0.999, 0.1), ("Color", 1.0, 0.9)):
+        monkeypatch.setattr(torch, "rand", lambda *_, draw=draw, **__: torch.tensor(draw))
+        found.append(tst.fit_encoder(copy.deepcopy(encoder), name, images, *STATS, 1, 16, 0.0,
+                                     generator=generator(2)))
+    assert found[0] == pytest.approx(wanted, rel=1e-5)
+    assert asked == [(5, -1), (0, 1), (0, -1), (9, 1), (9, 1), (9, -1)]
 
 
-# --------------------------------------------------------------------------- losses, (12) to (17)
 @pytest.mark.parametrize("term, student, total, d_s", [
     ("non_saturating", 0.430834, 0.748819, [[0.244875, -0.192431, -0.052444],
                                            [-0.059358, -0.026671, 0.086030]]),
     ("negative_ce", -1.236888, -0.918903, [[0.255125, -0.200486, -0.054639],
                                           [-0.285629, -0.128341, 0.413970]])])
-def test_augmentation_loss_golden(term, student, total, d_s):
+def test_augmentation_loss(term, student, total, d_s):
     t, s = tensor(T, True), tensor(S, True)
     found = tst.augmentation_loss(t, s, Y, term)
     assert [part.item() for part in found] == near([total, 0.317985, student])
     found[0].backward()
     d_t = [[-0.107201, 0.087645, 0.019556], [0.101489, 0.061556, -0.163045]]
     assert t.grad.numpy() == near(d_t) and s.grad.numpy() == near(d_s)
-
-
-def test_losses_by_hand():
-    z, y = np.random.default_rng(0).normal(0, 2, (2, 5, 10)), torch.tensor([3, 0, 9, 0, 5])
-    p_T, p_S = (np.exp(log_p(one))[np.arange(5), y] for one in z)
-    t, s, sure = tensor(z[0]), tensor(z[1]), tensor([[60, 0, 0]])
+    (t, s), y = np.random.default_rng(0).normal(0, 2, (2, 5, 10)), torch.tensor([3, 0, 9, 0, 5])
+    p_T, p_S = (np.exp(log_p(z))[np.arange(5), y] for z in (t, s))
     L_T, L_S = -np.log(p_T).mean(), -np.log(1 - p_S + 1e-8).mean()
-    assert [part.item() for part in tst.augmentation_loss(t, s, y)] == near([L_T + L_S, L_T, L_S])
-    D = -np.log(p_S).mean() + 0.3 * 2**2 * kl(*z, 2)
-    assert tst.distillation_loss(s, t, y, 0.3, 2).item() == near(D)
-    assert tst.true_class(s, y).item() == near(p_S.mean())
-    assert tst.augmentation_loss(s, s, y, "negative_ce")[0].item() == near(0)
-    assert tst.augmentation_loss(tensor(S), tensor(S), Y)[0].item() == near(1.667722)
-    assert tst.augmentation_loss(sure, sure, Y[:1])[2].item() == near(18.42, 0.01)
+    L_S = L_S if term == "non_saturating" else np.log(p_S).mean()
+    found = tst.augmentation_loss(tensor(t), tensor(s), y, term)
+    assert [part.item() for part in found] == near([L_T + L_S, L_T, L_S])
+    assert tst.true_class(tensor(s), y).item() == near(p_S.mean())
+    found = tst.augmentation_loss(tensor(S), tensor(S), Y, term)[0].item()
+    assert found == near(1.667722 if term == "non_saturating" else 0)
+    sure = tst.augmentation_loss(tensor([[60, 0, 0]]), tensor([[60, 0, 0]]), Y[:1])[2]
+    assert sure.item() == near(18.42, 0.01)  # the bound of (13)
+    for logits, name, word in ((S[:1], term, r"\(1, 3\)"), (S, "sigmoid", "sigmoid")):
+        with pytest.raises(ValueError, match=word):
+            tst.augmentation_loss(tensor(T), tensor(logits), Y, name)
 
 
-def test_distillation_loss_golden():
+def test_distillation_loss():
     t, s = tensor(T, True), tensor(S, True)
     for weight, tau, total in ((0.5, 4, 1.446812), (1, 1, 1.639677), (1, 4, 1.656736)):
-        loss = tst.distillation_loss(s, t, Y, weight, tau)
-        assert loss.item() == near(total)
-    loss.backward()
-    assert t.grad is None
+        D, CE, KL = tst.distillation_loss(s, t, Y, weight, tau)
+        assert D.item() == near(total)
+    D.backward()
+    assert t.grad is None and (CE.item(), KL.item()) == near((1.236888, 0.026240))
     assert s.grad.numpy() == near([[-0.423198, 0.285039, 0.138159],
                                    [0.448273, 0.222048, -0.670321]])
-    assert tst.softened_kl(s, t, 4).item() == near(0.026240)
     # what the usual mistakes give: KL swapped, "mean", no tau^2
     assert 16 * kl(S, T, 4) == near(0.402480) and 16 * kl(T, S, 4) / 3 == near(0.139949)
-    assert F.cross_entropy(s, Y).item() + kl(T, S, 4) == near(1.263129)
+    assert ce(S, Y) + kl(T, S, 4) == near(1.263129)
     # (17): the mean of D on two halves is D on both
     t2, s2 = [[1.2, 0, -0.3], [-0.5, 0.1, 2]], [[0.2, -0.1, 0.4], [-0.6, 0.5, 0.7]]
-    second = tst.distillation_loss(tensor(s2), tensor(t2), Y).item()
-    both = tst.distillation_loss(tensor(S + s2), tensor(T + t2), torch.cat([Y, Y])).item()
+    second, *_ = tst.distillation_loss(tensor(s2), tensor(t2), Y)
+    both, *_ = tst.distillation_loss(tensor(S + s2), tensor(T + t2), torch.cat([Y, Y]))
     assert (second, both, (1.656736 + second) / 2) == near((1.178002, 1.417369, 1.417369))
+    (t, s), y = np.random.default_rng(0).normal(0, 2, (2, 5, 10)), torch.tensor([3, 0, 9, 0, 5])
+    CE, KL = ce(s, y), kl(t, s, 2)
+    found = tst.distillation_loss(tensor(s), tensor(t), y, 0.3, 2)
+    assert [part.item() for part in found] == near([CE + 0.3 * 2**2 * KL, CE, KL])
+    with pytest.raises(ValueError, match=r"\(2, 1\)"):
+        tst.distillation_loss(tensor(S), tensor(T)[:, :1], Y)
 
 
-@pytest.mark.parametrize("call, word", [
-    (lambda: tst.augmentation_loss(tensor(T), tensor(S), Y, "sigmoid"), "sigmoid"),
-    (lambda: tst.augmentation_loss(tensor(T), tensor(S[:1]), Y), r"\(1, 3\)"),
-    (lambda: tst.distillation_loss(tensor(S), tensor(T)[:, :2], Y), r"\(2, 2\)"),
-    (lambda: plain_augmenter(operations=15), "operations = 15"),
-    (lambda: plain_augmenter().transform(14, None, None), "operation 14: 0 to 13"),
-    (lambda: tst.fit_encoder(tst.ColorEncoder(), "Invert", None, *STATS), "Invert"),
-    (lambda: tst.exact("Cutout", None, 0), "Cutout"),
-    (lambda: tst.ColorEncoder()(torch.zeros(2, 3, 4, 4), torch.zeros(2)), r"\(2,\)"),
-    (lambda: tst.GeometricEncoder()(torch.zeros(2, 3, 4, 5), torch.zeros(2, 1)), "square"),
-    (lambda: tst.relaxed_bernoulli(torch.zeros(2), 0), "temperature = 0")])
-def test_wrong_input_is_refused(call, word):
-    with pytest.raises(ValueError, match=word):
-        call()
-
-
-# ----------------------------------------------------------------- Stages II and III, (17) to (19)
 def test_gradients_of_theta_against_central_differences():
     """(d): float64, equal draws each time, ten of 14 drawn; and (19) written out for Invert."""
     torch.manual_seed(0)
@@ -342,14 +308,13 @@ def test_toy_selection(sign):
     pattern = torch.tensor([1.0, -1, 0]).view(3, 1, 1) * (1 - 2 * y).view(-1, 1, 1, 1)
     images = torch.randn(16, 3, 8, 8, generator=generator(1)) + pattern
     c = images[y == 0].mean(0) - images[y == 1].mean(0)
-
     def steady(x):
         score = (x * c).flatten(1).sum(1) * 2 / c.norm() ** 2
         return torch.stack([score, -score], 1)
     networks = [steady, lambda x: steady(x) * torch.exp(-x.mean((1, 2, 3)).abs())[:, None]]
     teacher, student = networks[::sign]  # -1: exchanged, and theta_0 shrinks
     augmenter, draws = plain_augmenter(operations=14), generator()
-    augmenter.transform = lambda i, images, m, _: images + 2 * m if i == 0 else images
+    augmenter.transform = lambda i, images, m, _: images + 2 * m[0] if i == 0 else images
     search = torch.optim.SGD([augmenter.theta_m, augmenter.theta_p], 0.01)
     cpu = Namespace(precision="fp32", device=torch.device("cpu"), student_term="non_saturating")
     x = augmenter(images, generator()).detach()
@@ -362,61 +327,74 @@ def test_toy_selection(sign):
     assert not augmenter.theta_m[1:].any() and not augmenter.theta_p[1:].any()
 
 
-# ------------------------------------------------------------------------------- flags, schedules
 @pytest.mark.parametrize("flags", [
-    "--operations 15", "--search-at 8 --epochs 8", "--gate-temperature 0", "--teacher-weights a b",
-    "--temperature 0", "--augment random --search-at 1", "--augment none --search-epochs 1"])
+    "--operations 15", "--search-at 8 --epochs 8", "--gate-temperature 0", "--temperature 0",
+    "--method student", "b --teacher-weights a b"])
 def test_argument_errors_are_one_line(flags, capsys):
     assert flags.split()[0] in refused("tst", flags, capsys)
 
 
-@pytest.mark.parametrize("dataset, flags, epochs_at_a_rate", [
-    ("cifar100", {"teacher": "resnet32x4", "student": "resnet8x4", "epochs": 240, "batch_size": 128,
-                  "learning_rate": 0.1, "temperature": 4}, [150, 30, 30, 30]),
-    ("imagenet", {"teacher": "resnet34", "student": "resnet18", "epochs": 100, "batch_size": 256,
-                  "learning_rate": 0.3, "temperature": 1}, [40, 30, 30])])
-def test_defaults_and_learning_rates(dataset, flags, epochs_at_a_rate):
-    found = tst.parse_args(["--device", "cpu", "--dataset", dataset])
-    assert vars(found).items() >= {
-        **flags, "weight_decay": 1e-4, "momentum": 0.9, "nesterov": True, "weight": 1,
-        "operations": 4, "gate_temperature": 0.05, "fit_steps": 2000}.items()
-    rates = tst.learning_rates(1.0, found.epochs, found.drops)
-    assert rates == near(np.repeat([1, 0.1, 0.01, 0.001][:len(epochs_at_a_rate)], epochs_at_a_rate))
+@pytest.mark.parametrize("flags, wanted, rates", [
+    ("cifar100", {"batch_size": 128, "weight_decay": 1e-4, "fit_steps": 2000, "momentum": 0.9,
+                  "nesterov": True, "weight": 1, "temperature": 4, "operations": 4,
+                  "gate_temperature": 0.05, "search_at": [30, 90], "search_epochs": 30},
+     [0.1] * 150 + [0.01] * 30 + [0.001] * 30 + [0.0001] * 30),
+    ("imagenet", {"batch_size": 256, "fit_steps": 2000, "temperature": 1, "search_at": [10, 25],
+                  "search_epochs": 5}, [0.3] * 40 + [0.03] * 30 + [0.003] * 30),
+    ("shapes --epochs 9", {"search_at": [1, 3], "search_epochs": 1},
+     [0.1] * 6 + [0.01, 0.001, 0.0001])])
+def test_defaults_and_learning_rates(flags, wanted, rates):
+    found = tst.parse_args(["--device", "cpu", "--dataset", *flags.split()])
+    assert vars(found).items() >= wanted.items() and tst.learning_rates(found) == near(rates)
 
 
-@pytest.mark.parametrize("flags, at, passes", [
-    ("--dataset cifar100", [30, 90], 30), ("--dataset imagenet", [10, 25], 5),
-    ("--dataset imagenet --epochs 5", [0, 1], 1), ("--epochs 9 --search-at 0 8", [0, 8], 1),
-    ("--search-epochs 3", [1, 4], 3), ("--augment random", [], 0)])
-def test_schedule(flags, at, passes):
-    arguments = tst.parse_args(["--device", "cpu", *flags.split()])
-    wanted = [[*((2, epoch, n) for n in range(passes) if epoch in at), (3, epoch, 0)]
-              for epoch in range(arguments.epochs)]
-    assert tst.schedule(arguments) == sum(wanted, [])
+# -------------------------------------------------------------------------------------------- runs
+TINY = "--epochs 3 --batch-size 24 --fit-steps 5 --search-epochs 3 --search-at 0 1 "  # 11 steps
 
 
-# ------------------------------------------------------------------------------------------- runs
-TINY = "--epochs 3 --batch-size 24 --fit-steps 5 --search-epochs 2 --search-at 0 1 "  # 11 steps
+def watch(patch, name, look):
+    """look(*args) before each call of tst.name."""
+    function = getattr(tst, name)
+
+    @functools.wraps(function)  # of its module: this file decides no result
+    def watched(*args, **kwargs):
+        look(*args)
+        return function(*args, **kwargs)
+    patch.setattr(tst, name, watched)
+
+
+def halve(patch, asked):
+    """The plateau rule halves the rate, and what it was asked is in a list."""
+    patch.setattr(tst, "plateau", functools.wraps(tst.plateau)(
+        lambda previous, loss, rate: asked.append((previous, loss)) or rate / 2))
+
+
+def same_runs(one, other):
+    """Equal networks, logs and passes of searches, but for what a clock decides."""
+    searches = [[{name: value for name, value in row.items() if name not in ("s", "img/s")}
+                 for row in result_of(folder)["searches"]] for folder in (one, other)]
+    return log(one) == log(other) and searches[0] == searches[1] and all(
+        same(weights(one / name), weights(other / name)) for name in ("student.pt", "augmenter.pt"))
 
 
 @pytest.fixture(scope="module")
 def whole(run, tmp_path_factory):
-    """A whole run, watched: what each step got, what the plateau rule (here: a half) was asked."""
-    found = Namespace(folder=tmp_path_factory.mktemp("whole"), steps=[], asked=[])
-    def watch(name):
-        function = getattr(tst, name)
-        def watched(*args):  # networks and optimizer as they are before the step
-            found.steps.append((name, (*copy.deepcopy(args[:4]), *args[4:])))
-            return function(*args)
-        patch.setattr(tst, name, watched)
+    """All METHODS, watched: the steps of each; of TST networks and optimizer as they were then."""
+    found = Namespace(out=tmp_path_factory.mktemp("whole"), fits=[], asked=[],
+                      steps={method: [] for method in tst.METHODS})
+    def keep(name, *args):
+        networks = copy.deepcopy(args[:4]) if args[-1].method == "TST" else args[:4]
+        found.steps[args[-1].method].append((name, (*networks, *args[4:])))
     with pytest.MonkeyPatch.context() as patch:
-        watch("search_step")
-        watch("train_step")
-        patch.setattr(tst, "plateau", lambda previous, loss, rate: found.asked.append(
-            (previous, loss)) or rate / 2)
-        found.printed = run("tst", found.folder, TINY)
-    found.searches = [args for name, args in found.steps if name == "search_step"]
-    found.lessons = [args for name, args in found.steps if name == "train_step"]
+        halve(patch, found.asked)
+        watch(patch, "search_step", functools.partial(keep, "search_step"))
+        watch(patch, "train_step", functools.partial(keep, "train_step"))
+        watch(patch, "fit_encoder", lambda *args: found.fits.append(args[1]))
+        found.table = table(run("tst", found.out, TINY + "--compare"))
+    found.folder = folder_of(found.out, "TST")
+    found.searches = [args for name, args in found.steps["TST"] if name == "search_step"]
+    found.lessons = {method: [args for name, args in steps if name == "train_step"]
+                     for method, steps in found.steps.items()}
     return found
 
 
@@ -424,186 +402,120 @@ def test_stages_take_turns(whole):
     """(b), (f): searches before epochs 0 and 1; theta moves in them, the student between them."""
     def modes(network):  # training, gradients
         return {network.training, *(p.requires_grad for p in network.parameters())}
-    searching = [name == "search_step" for name, _ in whole.steps]
-    assert searching == ([True] * 22 + [False] * 11) * 2 + [False] * 11
-    students = [args[2 if search else 0] for search, (_, args) in zip(searching, whole.steps)]
-    for search, student, after, (_, args) in zip(searching, students, students[1:], whole.steps):
+    steps = whole.steps["TST"]
+    searching = [name == "search_step" for name, _ in steps]
+    assert searching == ([True] * 33 + [False] * 11) * 2 + [False] * 11
+    students = [args[2 if search else 0] for search, (_, args) in zip(searching, steps)]
+    for search, student, after, (_, args) in zip(searching, students, students[1:], steps):
         assert same(student.state_dict(), after.state_dict()) == search
         assert modes(student) == {not search} and modes(args[1]) == {False}
-    for *_, labels, (augmented, y), _ in whole.lessons:
+    for *_, labels, (augmented, y), _ in whole.lessons["TST"]:
         assert torch.equal(y, labels) and not augmented.requires_grad
     thetas = [torch.cat([args[0].theta_m, args[0].theta_p]) for args in whole.searches]
     assert not any(torch.equal(theta, after) for theta, after in itertools.pairwise(thetas))
-    assert not thetas[0].any() and thetas[22].any()  # a new search keeps theta
-    assert [len(whole.searches[i][3].state) for i in (0, 1, 22, 23)] == [0, 2, 0, 2]  # not momentum
+    assert not thetas[0].any() and thetas[33].any()  # a new search keeps theta
+    assert [len(whole.searches[i][3].state) for i in (0, 1, 33, 34)] == [0, 2, 0, 2]  # not momentum
     assert whole.searches[0][3].defaults.items() >= {
         "lr": 0.01, "momentum": 0.9, "weight_decay": 0, "nesterov": False}.items()
 
 
 def test_a_step_of_stage_three(whole):
     """(c); eq. (17) on [x~ ; x] and [y' ; y], student in train mode; teacher without gradient."""
-    *networks, images, y, (x, _), arguments = whole.lessons[0]
+    *networks, images, y, (x, _), settings = whole.lessons["TST"][0]
     student, teacher, optimizer = copy.deepcopy(networks)
     graph, twin, others = [], copy.deepcopy(student), y.flip(0)
     teacher.register_forward_hook(lambda *_: graph.append(torch.is_grad_enabled()))
     both, targets = torch.cat([x, images]), torch.cat([others, y])
-    terms, logits = tst.train_step(student, teacher, optimizer, images, y, (x, others), arguments)
+    terms, logits = tst.train_step(student, teacher, optimizer, images, y, (x, others), settings)
     assert graph == [False]
     s, t = twin(both), teacher(both)
-    tst.distillation_loss(s, t, targets).backward()
+    loss, ce, kl = tst.distillation_loss(s, t, targets, 1.0, 4.0)
+    loss.backward()
     for ours, theirs in zip(student.parameters(), twin.parameters()):
         assert torch.equal(ours.grad, theirs.grad)
-    assert torch.equal(logits, s[24:]) and terms == {
-        "ce": F.cross_entropy(s, targets), "kl": tst.softened_kl(s, t, 4),
-        "conf_t": tst.true_class(t[:24], others), "conf_s": tst.true_class(s[:24], others)}
+    conf_t, conf_s = (tst.true_class(z[:24], others) for z in (t, s))
+    assert terms == {"ce": ce, "kl": kl, "conf_t": conf_t, "conf_s": conf_s}
+    assert torch.equal(logits, s[24:])
     s = copy.deepcopy(student)(images)  # a control: the originals alone
-    terms, logits = tst.train_step(student, teacher, optimizer, images, y, None, arguments)
-    assert torch.equal(logits, s) and terms == {
-        "ce": F.cross_entropy(s, y), "kl": tst.softened_kl(s, teacher(images), 4)}
+    terms, logits = tst.train_step(student, teacher, optimizer, images, y, None, settings)
+    _, ce, kl = tst.distillation_loss(s, teacher(images), y)
+    assert torch.equal(logits, s) and terms == {"ce": ce, "kl": kl}
 
 
-def test_the_log_and_the_25_series(whole):
-    rows, steps = log(whole.folder), log(whole.folder, "steps.csv")
-    assert [row["epoch"] + row["stage"] + row["student_epoch"] for row in rows] == [
-        "121", "221", "331", "422", "522", "632", "733"]
-    for row in rows:
-        assert {name for name, value in row.items() if not value} == (
-            {"ce", "kl", "train", "test"} if row["stage"] == "2" else {"L_T", "L_S"})
-    assert list(steps[0]) == [
-        "epoch", "step", *(f"m_{name}" for name in tst.OPERATIONS[:11]),
-        *(f"q_{name}" for name in tst.OPERATIONS), "L_T", "L_S", "conf_t", "conf_s"]
-    assert [row["epoch"] + row["step"] for row in steps] == [
-        "11", "111", "21", "211", "41", "411", "51", "511"]
-    augmenter = whole.searches[34][0]  # behind the first step of the fourth search pass
-    assert [float(value) for value in list(steps[6].values())[2:27]] == near(
-        augmenter.magnitudes().tolist() + augmenter.probabilities().tolist())
-
-
-def test_the_plateau_rule_sets_the_rate_of_a_search(whole):
+def test_plateau_golden():
     rates, losses = [0.01], (999, 2, 1.9, 1.89, 1.885, 1.95, 1.96, 1.93)
     for previous, loss in itertools.pairwise(losses):
         rates.append(tst.plateau(previous, loss, rates[-1]))
     assert rates[1:] == near([0.01, 0.01, 0.009, 0.0081, 0.0081, 0.00729, 0.00729])
-    rows = log(whole.folder)
-    one, two, three, four = (float(row["L_T"]) + float(row["L_S"])
-                             for row in rows if row["stage"] == "2")
-    assert sum(whole.asked, ()) == near((999, one, one, two, 999, three, three, four))
-    assert [float(row["lr"]) for row in rows] == near([0.01, 0.005, 0.1, 0.01, 0.005, 0.1, 0.01])
 
 
-def test_the_result(whole):
-    found = result_of(whole.folder)
-    measured, (one, two) = found["measures"], found["blocks"]
-    assert (one["search_at"], two["search_at"]) == (0, 1)
-    assert one["after"][0] == two["before"][0]  # theta rests between the searches
-    assert measured.items() >= {
-        "epochs": 3, "k_images": 1.56, "k_searched": 1.04, "T_before": two["before"][0],
-        "S_before": two["before"][1], "T_after": two["after"][0], "S_after": two["after"][1],
-        "T_end": two["after"][0]}.items()
-    assert found["images"] == {"student forward and backward": 1560, "teacher forward": 1560,
-                               "both forward and backward to the image": 1040}
-    assert found["seconds_by_stage"] == pytest.approx({"I": measured["fit"], **{
-        name: sum(row["s"] for row in found["rows"] if row["stage"] == stage)
-        for name, stage in (("II", 2), ("III", 3))}})
-    assert list(found["fit_errors"]) == list(tst.OPERATIONS[:11])
-    augmenter = common.load_weights(plain_augmenter(), whole.folder / "augmenter.pt")
-    assert found["magnitudes"] == augmenter.magnitudes().tolist()
-    assert found["probabilities"] == augmenter.probabilities().tolist()
-    # T_end, S_end: the saved networks on the draws of the seed, ten images a draw
-    student, teacher, *_ = whole.lessons[0]
-    student = common.load_weights(common.frozen(student), whole.folder / "student.pt")
-    draws, wanted = generator(0), []
-    with torch.no_grad():
-        for images, labels in shapes_data().test.batches(10):
-            x = augmenter(images, draws)
-            wanted.append([network(x).softmax(1)[torch.arange(10), labels].mean().item()
-                           for network in (teacher, student)])
-    assert [measured["T_end"], measured["S_end"]] == near(np.mean(wanted, 0), 1e-5)
+def test_the_record_and_the_picture(whole):
+    """Rates of the passes, the 25 numbers after each; an image, each operation alone, four x~."""
+    found, rows = result_of(whole.folder), log(whole.folder)
+    assert [float(row["lr"]) for row in rows] == near([0.1, 0.1, 0.01])
+    assert [(row["before_epoch"], row["lr"]) for row in found["searches"]] == [
+        (epoch, rate) for epoch in (1, 2) for rate in (0.01, 0.005, 0.0025)]
+    a, b, _, c, d, _ = (row["L_T"] + row["L_S"] for row in found["searches"])
+    assert whole.asked[:6] == [(999, a), (999, a), (a, b), (999, c), (999, c), (c, d)]
+    last = common.load_weights(plain_augmenter(), whole.folder / "augmenter.pt")
+    after = [args[0] for args in whole.searches[11::11]] + [last]
+    for row, augmenter in zip(found["searches"], after, strict=True):
+        m, q = augmenter.magnitudes().tolist(), augmenter.probabilities().tolist()
+        assert [row[f"m_{name}"] for name in tst.OPERATIONS[:11]] == m
+        assert [row[f"q_{name}"] for name in tst.OPERATIONS] == q
+    assert found["measures"] == {"conf_t": float(rows[2]["conf_t"]), "k_images": 1.56,
+                                 "conf_s": float(rows[2]["conf_s"]), "k_searched": 1.56}
+    pixels = np.asarray(Image.open(whole.folder / "augmented.png"))[2:, 2:]
+    tiles = pixels.reshape(8, 18, 19, 18, 3)[:, :16, :, :16]  # two pixels between them
+    assert np.array_equal(tiles[:, :, 13], 255 - tiles[:, :, 0])  # Invert
+    assert (tiles[:, :, 15] != tiles[:, :, 16]).any()
 
 
-@pytest.mark.parametrize("name, call", [("train_step", 22 + 3), ("search_step", 22 + 11 + 4)])
+def test_the_rows_of_the_table(whole):
+    """Equal originals in equal order for all; what the first half is; encoders are fitted once."""
+    assert [*whole.table] == ["teacher alone", "student alone", *tst.METHODS]
+    assert [(row["k_images"], row["k_searched"]) for row in whole.table.values()] == [
+        *[("-", "-")] * 2, ("1.6", "1.6"), *[("1.6", "0.0")] * 2, ("0.8", "0.0"), ("1.6", "1.6")]
+    assert whole.fits == [*tst.OPERATIONS[:11]]
+    assert [len(steps) for steps in whole.steps.values()] == [99, 33, 33, 33, 99]
+    for steps in whole.lessons.values():
+        for args, twin in zip(steps, whole.lessons["TST"], strict=True):
+            assert torch.equal(args[3], twin[3]) and torch.equal(args[4], twin[4])
+    assert all(args[5] is None for args in whole.lessons["kd"])
+    for args in whole.lessons["random"]:
+        assert torch.equal(args[5][1], args[4]) and not torch.equal(args[5][0], args[3])
+    others = shapes_data().train.augmented(24, generator(tst.SEARCH))
+    for args, (images, labels) in zip(whole.lessons["kd twice"], others):  # other originals, not x~
+        assert torch.equal(args[5][0], images) and torch.equal(args[5][1], labels)
+    random = weights(folder_of(whole.out, "random") / "augmenter.pt")
+    assert not random["theta_m"].any() and not random["theta_p"].any()
+    negative = result_of(folder_of(whole.out, "TST negative ce"))["searches"]
+    assert all(row["L_S"] < 0 for row in negative)
+
+
+@pytest.mark.parametrize("name, call", [("train_step", 22 + 3), ("search_step", 33 + 22 + 4)])
 def test_a_stopped_run_goes_on_bit_for_bit(whole, run, tmp_path, monkeypatch, name, call):
-    """In the last epoch, behind one without a search; in the second pass of the second search."""
-    monkeypatch.setattr(tst, "plateau", lambda previous, loss, rate: rate / 2)
+    """In the last epoch, behind one without a search; in the last pass of the second search."""
+    halve(monkeypatch, [])
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         stopped(patch, tst, name, call)
         run("tst", tmp_path, TINY)
-    stopped(monkeypatch, tst, name, 11 + 1)  # no closed pass is repeated
-    run("tst", tmp_path, TINY + "--resume")
-    for file in ("student.pt", "augmenter.pt"):
-        assert same(weights(tmp_path / file), weights(whole.folder / file))
-    for file in ("log.csv", "steps.csv"):
-        assert log(tmp_path, file) == log(whole.folder, file)
-    ours, theirs = result_of(tmp_path), result_of(whole.folder)
-    assert ours["blocks"] == theirs["blocks"] and ours["measures"] == theirs["measures"]
+    stopped(monkeypatch, tst, name, 11 + 1, AssertionError)  # no closed pass is repeated
+    run("tst", tmp_path, TINY)
+    assert same_runs(folder_of(tmp_path, "TST"), whole.folder)
 
 
-def test_compare_prints_every_control(whole, run, tmp_path, monkeypatch):
-    """Beside the finished run; equal originals in equal order; encoders come from the cache."""
-    seen, original = {"none": [], "twice": [], "random": []}, tst.train_step
-    monkeypatch.setattr(tst, "train_step", lambda *args: seen[args[-1].augment].append(
-        args[4:6]) or original(*args))
-    monkeypatch.setattr(tst, "search_step", forbidden)
-    monkeypatch.setattr(tst, "fit_encoder", forbidden)
-    out = shutil.copytree(whole.folder, tmp_path / "out")
-    found = table(run("tst", out, TINY + "--compare --resume"))
-    assert list(found) == ["teacher", "student alone", "TST", "kd", "kd twice", "random"]
-    assert found["TST"] == table(whole.printed)["TST"]
-    assert [(row["epochs"], row["k_images"], row["k_searched"]) for row in found.values()] == [
-        ("3", "0.8", "0.0"), ("3", "0.8", "0.0"), ("3", "1.6", "1.0"), ("3", "0.8", "0.0"),
-        ("3", "1.6", "0.0"), ("3", "1.6", "0.0")]
-    assert found["random"]["T_before"] == found["kd"]["T_end"] == "-" != found["random"]["T_end"]
-    assert result_of(out / "random")["probabilities"] == [0.5] * 14
-    assert result_of(out / "kd")["images"]["student forward and backward"] == 780
-    for steps in seen.values():
-        for (labels, _), args in zip(steps, whole.lessons, strict=True):
-            assert torch.equal(labels, args[4])
-    assert all(first is None for _, first in seen["none"])
-    assert all(torch.equal(first[1], labels) for labels, first in seen["random"])
-    others = shapes_data().train.augmented(24, generator(tst.SEARCH))
-    for (_, first), (images, labels) in zip(seen["twice"], others):  # other originals, not x~
-        assert torch.equal(first[0], images) and torch.equal(first[1], labels)
-
-
-def test_a_changed_copy_fits_its_own_encoders(tmp_path):
-    """Whatever its name and folder; the script itself finds its own again."""
-    arguments = tst.parse_args(f"--device cpu --fit-steps 1 --cache {tmp_path}".split())
-    arguments.seed = 0
-    for count, script in ((1, tst), (2, altered("tst", tmp_path)), (2, tst)):
-        script.fitted_encoders(shapes_data(), arguments)
-        assert len([*tmp_path.glob("shapes-encoders-*.pt")]) == count
-
-
-def test_imagenet_seeds_open_set_negative_ce(run, tmp_path):
-    """Streamed: picture and confidences without all images in memory. A teacher from a file."""
-    from PIL import Image
+def test_imagenet_seeds_open_set_and_a_teacher_from_a_file(run, tmp_path):
+    """Streamed: picture and confidences without all images in memory."""
     for part, label, index in itertools.product(("train", "val"), "0123", range(6)):
         path = tmp_path / part / label / f"{index}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(random_bytes(40, 40, 3)[1].numpy()).save(path)
     file = tmp_path / "teacher.pt"
     torch.save(common.build_model("resnet8", 2, 16, 4).state_dict(), file)
-    flags = (f"--dataset imagenet --data {tmp_path} --image-size 16 --epochs 1 --batch-size 6 "
-             f"--fit-steps 5 --teacher-weights {file} --seed 0 1 --open-set 2 "
-             "--student-term negative_ce ")
-    with pytest.raises(common.InputError, match="--cache .*teacher.pt cannot be written"):
-        run("tst", tmp_path / "no", flags + f"--cache {file}")
-    found = table(run("tst", tmp_path / "out", flags))
-    assert found["teacher"]["epochs"] == "-"
-    assert all("±" in found["TST, negative_ce"][name] for name in ("rank1", "T_after"))
-    assert float(log(tmp_path / "out" / "seed-0")[0]["L_S"]) < 0
-    assert (tmp_path / "out" / "seed-1" / "augmented.png").stat().st_size > 1000
-
-
-def test_pictures(whole, monkeypatch):
-    """augmented.png: rows of an image, each operation alone, four draws of x~; and the figures."""
-    from PIL import Image
-    pixels = np.asarray(Image.open(whole.folder / "augmented.png"))[2:, 2:]
-    tiles = pixels.reshape(8, 18, 19, 18, 3)[:, :16, :, :16]  # two pixels between them
-    assert np.array_equal(tiles[:, :, 13], 255 - tiles[:, :, 0])  # Invert
-    assert (tiles[:, :, 15] != tiles[:, :, 16]).any()
-    pytest.importorskip("matplotlib")
-    monkeypatch.syspath_prepend(common.Path(common.__file__).parent / "docs")
-    __import__("figures").main(whole.folder)
-    assert {path.name for path in whole.folder.glob("*.png")} == {
-        "augmented.png", "operations.png", "series.png"}
+    found = table(run("tst", tmp_path / "out", (
+        f"--dataset imagenet --data {tmp_path} --image-size 16 --epochs 1 --batch-size 6 "
+        f"--workers 1 --fit-steps 5 --teacher-weights {file} --seed 0 1 --open-set 2")))
+    assert found["teacher alone"]["epochs"] == "-" != found["student alone"]["epochs"]
+    assert all("±" in found["TST"][name] for name in ("test", "rank1", "conf_t"))
+    assert (folder_of(tmp_path / "out", "TST", 1) / "augmented.png").stat().st_size > 1000
