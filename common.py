@@ -58,8 +58,6 @@ def run_script(main):
     except KeyboardInterrupt:
         sys.exit("\nstopped; the same command goes on after the last closed epoch")
     except (OSError, MemoryError, torch.cuda.OutOfMemoryError) as error:
-        if isinstance(error, BrokenPipeError):  # nobody reads on: Python must not flush at its end
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit((str(error) or type(error).__name__).strip().splitlines()[-1])
 
 
@@ -102,8 +100,9 @@ def base_parser(description, methods, files=None, networks=None, datasets=tuple(
     add("--data", type=Path, default="data", metavar="DIR", help="where its files lie or go")
     add("--image-size", type=number(int, 8, 1024), metavar="PX", help="side of the images")
     add("--mean", type=part, nargs=3, help="of the pixels in [0,1]; else known, or measured")
-    add("--std", type=positive, nargs=3, help="likewise the standard deviation")
-    add("--train-fraction", type=part, default=1.0, metavar="F", help="share of every class used")
+    add("--std", type=number(float, 1e-3), nargs=3, help="likewise the standard deviation")
+    add("--train-fraction", type=number(float, 1e-6, 1), default=1.0, metavar="F",
+        help="share of every class used")
     add("--open-set", type=natural, default=0, metavar="K", help="hold out K classes to recognise")
     add("--teacher", nargs=networks, metavar="NAME", help=f"network: {NETWORKS}")
     add("--student", nargs=networks, metavar="NAME", help="likewise")
@@ -231,8 +230,9 @@ class Streamed(Split):
     augmented = batches
 
     def fingerprint(self):  # to read every file would take as long as an epoch
-        names = [os.path.basename(self.folder.samples[place][0]) for place in self.images.tolist()]
-        return digest(self.labels.cpu().numpy(), names)
+        files = [self.folder.samples[place][0] for place in self.images.tolist()]
+        return digest(self.labels.cpu().numpy(),
+                      [(os.path.basename(file), os.path.getsize(file)) for file in files])
 
 
 def make_shapes(count, image_size=16, seed=0):
@@ -373,6 +373,9 @@ def read_set(name, folder, size, validation=0.0):
         kind, parts = getattr(datasets, title), []
         try:  # torchvision compares CIFAR's md5 sums before it opens a pickle
             both = [kind(folder, train=train, download=True) for train in (True, False)]
+            if any(len(one.data) != len(one.targets) or max(one.targets) >= len(one.classes)
+                   for one in both):
+                raise ValueError("images and labels do not belong together")
         except Exception as error:  # urllib, sockets, sums, gzip: each has its own
             raise InputError(f"{name} is damaged or missing in --data {folder}, and was not "
                              f"downloaded ({error})") from None
@@ -446,6 +449,8 @@ def read_folder(folder, name, size):
         samples += Pictures(held).samples
     images, labels = torch.arange(len(samples)), torch.tensor([label for _, label in samples])
     if name != "imagenet":
+        if len({os.path.realpath(path) for path, _ in samples}) < len(samples):
+            raise InputError(f"--data {folder}: links give a picture more than once")
         files = [os.path.join(place, file) for place, _, files in os.walk(folder) for file in files]
         left = Counter(os.path.splitext(file)[1].lower() or "no ending" for file in files
                        if not Pictures.hidden(file, folder))

@@ -315,14 +315,8 @@ def blocks():
     """{name of a block in the pages: its text}, made from docs/results/ alone."""
     found = records()
     long, short = main_tables(found)
-    flags, teacher = FLAGS.format(data="cifar10"), TEACHER.format(place="$P")
-    listing = ["export OMP_NUM_THREADS=1", "P=runs/results/seed-0",
-               f'F="{flags}"', f'T="{teacher}"']
-    listing += [line(command, "cifar10", 0, "$P", f"$P/{name}").replace(flags, "$F").replace(
-        teacher, "$T") for name, command in RUNS.items()]
     return {"table": long, "short table": short, "tuning": tuning_table(found.get(TUNING, {})),
-            **{name: small_table(found, *table) for name, table in SMALL.items()},
-            "commands": "```\n" + "\n".join(listing) + "\n```"}
+            **{name: small_table(found, *table) for name, table in SMALL.items()}}
 
 
 def filled(text, of):

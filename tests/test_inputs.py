@@ -29,7 +29,7 @@ GREY = np.asarray(Image.fromarray(RGB).convert("L"))
 @pytest.mark.parametrize("script, flags, says", [
     ("letkd", "--mean 0.5 0.5 0.5", "--mean and --std go together"),
     ("tst", "--std 0.5 0.5 0.5", "--mean and --std go together"),
-    ("trikd", "--mean 0 0 0 --std 1 0 1", "argument --std: 0 does not lie from 1e-09 to 1e+09"),
+    ("trikd", "--mean 0 0 0 --std 1 0 1", "argument --std: 0 does not lie from 0.001 to 1e+09"),
     ("trikd", "--mean 0 0 2 --std 1 1 1", "argument --mean: 2 does not lie from 0 to 1"),
     ("rco", "--learning-rate nan", "nan does not lie from"), ("tst", "--weight-decay inf", "inf"),
     ("switokd", "--epochs 0", "0 does not lie from 1"), ("rco", "--epochs x", "invalid int value"),

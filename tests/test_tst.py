@@ -327,11 +327,12 @@ def test_toy_selection(sign):
     assert not augmenter.theta_m[1:].any() and not augmenter.theta_p[1:].any()
 
 
-@pytest.mark.parametrize("flags", [
-    "--operations 15", "--search-at 8 --epochs 8", "--gate-temperature 0", "--temperature 0",
-    "--method student", "b --teacher-weights a b"])
-def test_argument_errors_are_one_line(flags, capsys):
-    assert flags.split()[0] in refused("tst", flags, capsys)
+@pytest.mark.parametrize("flags, said", [
+    ("--operations 15", "--operations"), ("--search-at 8 --epochs 8", "--search-at"),
+    ("--gate-temperature 0", "--gate-temperature"), ("--temperature 0", "--temperature"),
+    ("--method student", "--method"), ("--teacher-weights a b", "unrecognized arguments: b")])
+def test_argument_errors_are_one_line(flags, said, capsys):
+    assert said in refused("tst", flags, capsys)
 
 
 @pytest.mark.parametrize("flags, wanted, rates", [
@@ -456,7 +457,7 @@ def test_the_record_and_the_picture(whole):
     assert [(row["before_epoch"], row["lr"]) for row in found["searches"]] == [
         (epoch, rate) for epoch in (1, 2) for rate in (0.01, 0.005, 0.0025)]
     a, b, _, c, d, _ = (row["L_T"] + row["L_S"] for row in found["searches"])
-    assert whole.asked[:6] == [(999, a), (999, a), (a, b), (999, c), (999, c), (c, d)]
+    assert whole.asked[:4] == [(999, a), (a, b), (999, c), (c, d)]
     last = common.load_weights(plain_augmenter(), whole.folder / "augmenter.pt")
     after = [args[0] for args in whole.searches[11::11]] + [last]
     for row, augmenter in zip(found["searches"], after, strict=True):
