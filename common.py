@@ -24,7 +24,8 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
+from modulefinder import ModuleFinder
 from pathlib import Path
 
 import numpy as np
@@ -354,7 +355,8 @@ def data_of(name, parts, names, size, build=None):
         mean=mean, std=std, classes=len(names), names=names,
         build=lambda name, seed=0: (build or build_model)(name, len(names), size, seed),
         facts={"classes": names, "image_size": size, "mean": mean, "std": std,
-               "fingerprint": [part.fingerprint() for part in parts if part]})
+               "fingerprint": {kind: part.fingerprint() for kind, part in zip(
+                   ("train", "validation", "test", "unseen"), parts) if part}})
 
 
 def read_set(name, folder, size, validation=0.0):
@@ -586,12 +588,7 @@ def _build(name, classes, image_size):
         cuts = (0, 1, 3, 6, 10, 13, 16, 17)  # the seven rows of the paper's table 2
         stages = [nn.Sequential(*blocks[a:b]) for a, b in zip(cuts, cuts[1:])]
         return Network(stem, stages, neck, source.classifier[1])
-    found = re.fullmatch(r"(resnet|wrn_)(\d+)(?:[x_](\d+(?:\.\d+)?))?", name)
-    kind, depth, factor = found.groups() if found else ("", 0, 1)
-    count, rest = divmod(int(depth) - (2 if kind == "resnet" else 4), 6)
-    widths = [round(base * float(factor or 1)) for base in (16, 32, 64)]
-    rows = [*zip(widths, [count] * 3, (1, 2, 2))]  # of stages: outputs, blocks, first stride
-    if name in ("vgg8", "vgg13"):
+    if name in ("vgg8", "vgg13"):  # rows, of the stages: outputs, blocks, first stride
         n = 1 if name == "vgg8" else 2
         rows = [(64, n, 1), (128, n, 2), (256, n, 2), (512, n, 2), (512, n, 1)]
         block, inputs, stem, neck = vgg_block, 3, [], []
@@ -599,14 +596,21 @@ def _build(name, classes, image_size):
         rows = [(8, 1, 1, 1), (12, 2, 1, 6), (16, 3, 2, 6), (32, 4, 2, 6), (48, 3, 1, 6),
                 (80, 3, 2, 6), (160, 1, 1, 6)]  # and the expansion
         block, inputs, stem, neck = inverted_block, 16, conv_bn(3, 16, 3, 2), conv_bn(160, 1280, 1)
-    elif count < 1 or rest or not 4 <= widths[0] <= 256:
-        raise InputError(f"no network is called {name!r}; there are {NETWORKS}")
-    elif kind == "wrn_":
-        block, inputs, stem = wide_block, 16, conv_bn(3, 16)[:1]
-        neck = [nn.BatchNorm2d(widths[-1]), nn.ReLU(inplace=True)]
     else:
-        block, inputs, neck = basic_block, min(32, widths[0]), []
-        stem = conv_bn(3, inputs)
+        found = (re.fullmatch(r"(resnet)(\d+)(?:x(\d+(?:\.\d+)?))?", name)
+                 or re.fullmatch(r"(wrn)_(\d+)_(\d+(?:\.\d+)?)", name))
+        kind, depth, factor = found.groups() if found else ("", 0, 1)
+        blocks, rest = divmod(int(depth) - (2 if kind == "resnet" else 4), 6)
+        widths = [round(base * float(factor or 1)) for base in (16, 32, 64)]
+        if blocks < 1 or rest or not 4 <= widths[0] <= 256:
+            raise InputError(f"no network is called {name!r}; there are {NETWORKS}")
+        rows = [*zip(widths, [blocks] * 3, (1, 2, 2))]
+        if kind == "resnet":
+            block, inputs, neck = basic_block, min(32, widths[0]), []
+            stem = conv_bn(3, inputs)
+        else:
+            block, inputs, stem = wide_block, 16, conv_bn(3, 16)[:1]
+            neck = [nn.BatchNorm2d(widths[-1]), nn.ReLU(inplace=True)]
     stages = []
     for outputs, count, stride, *more in rows:
         shapes = [(inputs, outputs, stride), *[(outputs, outputs, 1)] * (count - 1)]
@@ -664,7 +668,8 @@ def load_frozen(name, path, data, arguments):
     """A given teacher (--teacher-weights), frozen, on the device, and its test accuracy in %."""
     network = frozen(load_weights(data.build(name), path)).to(arguments.device)
     accuracy, labels = evaluate(network, data.test, arguments), data.test.labels
-    chance = 100 * (labels == labels[labels >= 0].mode().values).sum().item() / labels.numel()
+    known = labels[labels >= 0]
+    chance = 100 * (known.bincount().max() / len(known)).item()
     print(f"{path}: {name}, {accuracy:.2f} % on the test images")
     if accuracy < chance + 0.1 * (100 - chance):
         print(f"warning: that is near chance ({chance:.1f} %); the usual reasons are another "
@@ -759,8 +764,9 @@ def open_set_report(vectors, labels, seed=0):
 
 def recognition(network, data, arguments, forward=None):
     """`open_set_report` on the unseen classes of `data`; {} where none was kept out."""
-    found = embeddings(network, data.unseen, arguments, forward) if data.unseen else ()
-    return open_set_report(*found) if found else {}
+    if not data.unseen:
+        return {}
+    return open_set_report(*embeddings(network, data.unseen, arguments, forward))
 
 
 def open_set_rows(data, arguments):
@@ -769,7 +775,7 @@ def open_set_rows(data, arguments):
         return []
     *_, name = np.hstack([arguments.student]).tolist()
     untrained = data.build(name, arguments.seed).to(arguments.device)
-    sizes = data.unseen.labels.bincount().double()  # of its N images each may meet N - 1 others
+    sizes = data.unseen.labels.cpu().bincount().double()
     chance = 100 * (sizes * (sizes - 1)).sum() / (sizes.sum() * (sizes.sum() - 1))
     return [{"run": "chance", "rank1": chance.item(), "verification": 50.0},
             {"run": "raw pixels", **recognition(untrained, data, arguments, nn.Flatten())},
@@ -817,7 +823,7 @@ class Mean:
             if not math.isfinite(value or 0):
                 raise InputError(f"the loss term '{name}' is not finite: lower --learning-rate")
         seconds = time.time() - self.start
-        return {**row, "img/s": self.images / seconds, "s": seconds}
+        return {**row, "img/s": round(self.images / seconds), "s": seconds}
 
 
 def digest(*values):
@@ -861,21 +867,24 @@ def cached(name, settings, make):
     return load(path)
 
 
+@cache
+def source_of(file):
+    """The texts of a module and of all that it imports of this project, as they are at first."""
+    finder = ModuleFinder([str(Path(__file__).parent)])
+    finder.run_script(file)
+    return {Path(module.__file__).read_bytes() for module in finder.modules.values()
+            if module.__file__}
+
+
 def settings_of(flags, data, *code):
     """All that decides a result: flags, not folders; data; torch; the source of this file, of the
-    modules of `code`, functions or classes, and of those of the project that these import from."""
-    home, files = Path(__file__).parent, {__file__}
-    for owner in (*code, type(data.train)):
-        module = sys.modules[owner.__module__]
-        used = {getattr(value, "__module__", None) or getattr(value, "__name__", None)
-                for value in vars(module).values()}
-        used = {getattr(sys.modules.get(name), "__file__", None) or "" for name in used}
-        files |= {file for file in used if home in Path(file).parents and "-packages" not in file}
-        files |= {getattr(module, "__file__", __file__)}
-    source = digest(*sorted(Path(file).read_bytes() for file in files))
+    modules of `code`, functions or classes, and of what these import of the project."""
+    owners = [sys.modules[owner.__module__] for owner in (*code, type(data.train))]
+    texts = set().union(*(source_of(getattr(owner, "__file__", __file__)) for owner in owners))
     flags = {name: value for name, value in flags.items()
              if not isinstance(value, Path) and name != "workers"}
-    return {**flags, "data": data.facts, "torch": torch.__version__, "source": source}
+    return {**flags, "data": data.facts, "torch": torch.__version__,
+            "source": digest(*sorted(texts))}
 
 
 class Record:
@@ -886,8 +895,6 @@ class Record:
     number says where the loop stands; `state`: plain values of the script's own, saved likewise;
     `result`: what a finished run left, else None. `train_network` is the plainest user.
     """
-    formats = {"lr": ".5f", "train": ".2f", "test": ".2f", "teacher": ".2f", "teacher-1": ".2f",
-               "teacher-2": ".2f", "student-1": ".2f", "paused": ".1f", "img/s": ".0f", "s": ".1f"}
 
     def __init__(self, name, settings):
         self.settings, self.folder = settings, Path(f"{name}-{digest(settings)}")
@@ -897,7 +904,6 @@ class Record:
             if (path := self.folder / "checkpoint.pt").exists():
                 self.saved = load(path)
                 self.rows, self.state = self.saved["rows"], self.saved["state"]
-                print(f"  goes on after epoch {len(self.rows)}")
             elif (path := self.folder / "result.json").exists():
                 self.result = json.loads(path.read_text())
                 self.rows = self.result["rows"]
@@ -910,7 +916,10 @@ class Record:
 
     def restore(self, **parts):
         """Name what a checkpoint holds: networks, optimizers, generators; before the loop, once."""
-        self.parts = parts
+        self.parts, self.commit = parts, os.popen(
+            f'git -C "{Path(__file__).parent}" describe --always --dirty 2>{os.devnull}').read()
+        if self.saved:
+            print(f"  goes on after epoch {len(self.rows)}")
         for name, part in parts.items() if self.saved else ():
             load = part.set_state if isinstance(part, torch.Generator) else part.load_state_dict
             load(self.saved["parts"][name])
@@ -920,12 +929,11 @@ class Record:
         self.rows = [*self.rows, {"epoch": len(self.rows) + 1, **row}]
         left = sum(row["s"] for row in self.rows) / len(self.rows) * (epochs - len(self.rows))
         text = {name: "-" if value is None else str(value) if not isinstance(value, float)
-                else format(value, self.formats.get(name, ".4f"))
-                for name, value in self.rows[-1].items()}
+                else f"{value:#.4g}" for name, value in self.rows[-1].items()}
         text["left"] = f"{left / 60:.1f}m"
         header = [] if self.columns == [*text] else [[*text]]
         for cells in (*header, text.values()):
-            print(" ", *(cell.rjust(max(8, len(name))) for name, cell in zip(text, cells)),
+            print(" ", *(cell.rjust(max(9, len(name))) for name, cell in zip(text, cells)),
                   end="\033[K\n" if sys.stdout.isatty() else "\n", flush=True)
         self.columns = [*text]
         self.write_csv("log", self.rows)
@@ -950,14 +958,15 @@ class Record:
         """Write NAME.pt, plain CPU tensors, for each state dict in `weights`, and result.json."""
         for name, state in weights.items():
             save({key: value.cpu() for key, value in state.items()}, self.folder / f"{name}.pt")
-        git = os.popen(f'git -C "{Path(__file__).parent}" describe --always --dirty 2>{os.devnull}')
         tests = [row["test"] for row in self.rows if row.get("test") is not None]
         self.result = {
             "script": Path(sys.argv[0]).stem, "command": shlex.join(sys.argv),
-            "commit": git.read().strip(), "torch": torch.__version__, "arguments": self.settings,
+            "commit": self.commit.strip(), "torch": torch.__version__, "arguments": self.settings,
             "threads": torch.get_num_threads(), "last_test": tests[-1], "best_test": max(tests),
             "seconds": sum(row["s"] for row in self.rows), **found, "rows": self.rows}
-        save(json.dumps(self.result, indent=1, default=str), self.folder / "result.json")
+        text = json.dumps(self.result, indent=1, default=lambda value: (
+            value.item() if hasattr(value, "item") else str(value)))  # torch's and numpy's numbers
+        save(text, self.folder / "result.json")
         (self.folder / "checkpoint.pt").unlink(missing_ok=True)
 
 
@@ -983,7 +992,7 @@ def train_network(name, data, rates, arguments, keep=(), seed=0, title="teacher"
     flags = {flag: getattr(arguments, flag, None) for flag in (
         "batch_size", "momentum", "weight_decay", "nesterov", "precision", "device")}
     # without held-out and unseen images: rco.py, which holds some out, shares it with the others
-    used = [data.train.fingerprint(), data.test.fingerprint()]
+    used = {part: data.facts["fingerprint"][part] for part in ("train", "test")}
     record = Record(arguments.cache / f"{data.name}-{name}-{len(rates)}", {
         **settings_of({**flags, "network": name, "rates": rates, "seed": seed}, data),
         "data": {**data.facts, "fingerprint": used}})
@@ -1056,11 +1065,12 @@ def run_methods(arguments, methods, train, data, *networks):
     leaves the others their rows; its own says why.
     """
     table, known = [], {}
-    for name in arguments.method:
+    for name in dict.fromkeys(arguments.method):
         changes, question = methods[name]
         changes = changes(arguments) if callable(changes) else changes
         settings = argparse.Namespace(**{**vars(arguments), **changes, "method": None})
-        files = [digest(path.read_bytes()) for path in vars(settings).get("teacher_weights") or ()]
+        files = vars(settings).get("teacher_weights") or ()
+        files = [digest(np.fromfile(path, np.uint8)) for path in files]
         found = settings_of({**vars(settings), "teacher_weights": files}, data, train)
         first = known.setdefault(digest(found), name)
         if first != name:
@@ -1073,7 +1083,7 @@ def run_methods(arguments, methods, train, data, *networks):
         try:
             if not record.result:
                 train(record, data, *networks, settings)
-            table += [{**row, "note": record.folder.name}
+            table += [{**row, "folder": record.folder.name}
                       for row in rows_of(name, record.result)]
         except InputError as error:
             table.append({"run": name, "note": f"seed {arguments.seed}: {error}", "failed": True})
@@ -1095,7 +1105,8 @@ def print_table(tables, formats, title, folder):
             values = np.array([row[name] for row in rows if row.get(name) is not None])
             text = format(values.mean(), style) if len(values) else "-"
             line.append(text + (f" ± {values.std(ddof=1):{style}}" if len(values) > 1 else ""))
-        notes = dict.fromkeys(row["note"] for row in rows if "note" in row)
+        kinds = ("note", "folder") if len(tables) == 1 else ("note",)
+        notes = dict.fromkeys(row[kind] for row in rows for kind in kinds if kind in row)
         lines.append([*line, ", ".join(notes)])
     widths = [max(map(len, column)) for column in zip(*lines)]
     text = f"{title}; seeds: {len(tables)}\n" + "\n".join("  ".join([

@@ -61,7 +61,8 @@ def alone(role, result, data, arguments):
         return common.load_frozen(arguments.teacher, arguments.teacher_weights[0], data, arguments)
     name, E, facts = getattr(arguments, role), arguments.epochs, result["arguments"]["data"]
     known = {**result["arguments"], "seed": arguments.seed + {"student": 0, "teacher": 1000}[role],
-             "data": {**facts, "fingerprint": facts["fingerprint"][:2]}}  # training and test images
+             "data": {**facts, "fingerprint": {
+                 part: facts["fingerprint"][part] for part in ("train", "test")}}}
     for path in arguments.cache.glob(f"{data.name}-{name}-{E}-*/result.json"):
         found = json.loads(path.read_text())
         theirs = found["arguments"]

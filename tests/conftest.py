@@ -11,14 +11,13 @@ import json
 import pickle
 import re
 import shlex
-import shutil
 import sys
-import tarfile
 from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -130,6 +129,28 @@ def shapes_data(validation=0.0, **flags):
         "device": torch.device("cpu"), **flags}), validation)
 
 
+def load(name, folder, validation=0.0, **flags):
+    return shapes_data(validation, dataset=name, data=folder, **{"batch_size": 1, **flags})
+
+
+def pixels(*shape, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def tree(root, files):
+    """Write {"train/ant/0.png": picture}: an array, a PIL image, bytes, or where a link leads."""
+    for name, picture in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(picture, str):
+            path.symlink_to(picture)
+        elif isinstance(picture, bytes):
+            path.write_bytes(picture)
+        else:
+            (Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture).save(path)
+    return root
+
+
 def weights(path):
     return torch.load(path, weights_only=True)
 
@@ -171,43 +192,28 @@ def table(printed):
     return {row[0]: dict(zip([*head[1:-1], "note"], row[1:])) for row in rows}
 
 
-def readme_commands(script):
-    """The commands with which README.md and docs/ call a script, without `python NAME.py`."""
-    pages = {ROOT / "README.md", *(ROOT / "docs").glob("*.md")} - {ROOT / "docs" / "results.md"}
-    return sorted({match for page in pages for match in re.findall(
-        rf"python {script}\.py(?! --help)([^`\n|]*)", page.read_text())})
-
-
 def tiny_cifar(folder, monkeypatch, name="cifar100"):
-    """Write folder/cifar-100-python.tar.gz: 100 (10) images a file, one of each class.
+    """Write its files, 100 (10) images in each, one of each class, and publish their md5 sums.
 
-    torchvision then takes the md5 sums of these files for the published ones. Returns their
-    contents, [(rows (N,3072) uint8, labels)], the test file last.
+    Returns their contents, [(rows (N,3072) uint8, labels)], the test file last.
     """
     from torchvision import datasets
     kind, classes, written = getattr(datasets, name.upper()), int(name[5:]), []
-    inner, archive = folder / kind.base_folder, folder / kind.filename
-    inner.mkdir(parents=True)
 
     def write(file, value):
         raw = pickle.dumps(value, protocol=2)
-        (inner / file).write_bytes(raw)
+        tree(folder / kind.base_folder, {file: raw})
         return hashlib.md5(raw).hexdigest()
 
     for part in ("train_list", "test_list"):
         sums = []
         for file, _ in getattr(kind, part):
-            draw = np.random.default_rng(len(written))
-            rows = draw.integers(0, 256, (classes, 3072), dtype=np.uint8)
-            labels = draw.permutation(classes).tolist()
+            rows = pixels(classes, 3072, seed=len(written))
+            labels = np.random.default_rng(len(written)).permutation(classes).tolist()
             key = {"cifar10": "labels", "cifar100": "fine_labels"}[name]
             sums.append([file, write(file, {"data": rows, key: labels, "coarse_labels": [0]})])
             written.append((rows, labels))
         monkeypatch.setattr(kind, part, sums)
     names = {kind.meta["key"]: [f"class {label}" for label in range(classes)]}
     monkeypatch.setattr(kind, "meta", {**kind.meta, "md5": write(kind.meta["filename"], names)})
-    with tarfile.open(archive, "w:gz") as tar:
-        tar.add(inner, inner.name)
-    shutil.rmtree(inner)
-    monkeypatch.setattr(kind, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
     return written

@@ -6,28 +6,37 @@ usual mistakes in MISTAKES.
 """
 
 import ast
+import functools
 import importlib.util
 import inspect
-import math
 import re
 import sys
 from collections import namedtuple
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
 import exercise  # noqa: E402
 
 
-def load(method, file, name=None):
-    """A script from `file` as a module of that name, or of the method's."""
-    spec = importlib.util.spec_from_file_location(name or method, file)
-    module = sys.modules[name or method] = importlib.util.module_from_spec(spec)
+def load(method, file):
+    """The script in `file` as the method's module."""
+    spec = importlib.util.spec_from_file_location(method, file)
+    module = sys.modules[method] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+@functools.cache
+def changed(method, old="", new=""):
+    """The method's own script as a module, with `new` wherever its text has `old`."""
+    text, module = (ROOT / f"{method}.py").read_text(), ModuleType(f"changed_{method}")
+    assert old in text, f"{method}.py has no {old!r}"
+    exec(text.replace(old, new), vars(module))
     return module
 
 
@@ -69,8 +78,7 @@ class Grades:
 
     def pytest_runtest_logreport(self, report):
         if not report.skipped:
-            before = self.passed.get(report.nodeid, True)
-            self.passed[report.nodeid] = before and report.passed
+            self.passed[report.nodeid] = self.passed.get(report.nodeid, True) and report.passed
 
     def pytest_terminal_summary(self, terminalreporter):
         source = (ROOT / f"{self.method}.py").read_text()
@@ -131,257 +139,168 @@ def looks_like(method, name, module):
         return "calls one that is not written yet"
     except Exception as error:  # whatever an unfinished function raises
         return f"{type(error).__name__}: {' '.join(str(error).split())[:60]}"
-    right = load(method, ROOT / f"{method}.py", f"right_{method}")
-    truth, should = values(getattr(right, name), arguments)
+    truth, should = values(getattr(changed(method), name), arguments)
     if equal(ours, truth):
         return ("right by itself; its tests call others too" if graded == should else
                 "its value is right, but a gradient goes where none should, or is missing")
-    for label, mistake in wrong:
-        if equal(ours, values(mistake, arguments)[0]):
+    for label, change in wrong.items():
+        if equal(ours, values(getattr(changed(method, *change), name), arguments)[0]):
             return f"looks like: {label}"
     return "wrong, and none of the usual mistakes"
 
 
 # ------------------------------------------------------------------------------- the usual mistakes
-def logits(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).requires_grad_()
-
-
-def softened(p, q, tau=1.0):
-    """KL(p || q) of logits, summed over classes, the mean over the batch."""
-    p, q = F.log_softmax(p / tau, 1), F.log_softmax(q / tau, 1)
-    return (p.exp() * (p - q)).sum(1).mean()
-
-
 def z(*seeds, shape=(6, 5)):
-    return [logits(*shape, seed=seed) for seed in seeds]
+    """Logits, or maps, or whatever has this shape: for each seed another tensor."""
+    return [torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+            for seed in seeds]
 
 
 Y = torch.tensor([0, 4, 1, 1, 3, 2])
-CE = F.cross_entropy
 MAPS = (2, 5, 3, 4)
-
-
-def p(z, tau=1.0):
-    return F.softmax(z / tau, 1)
-
-
-def distances(z, y, tau=1.0):
-    return (p(z, tau) - F.one_hot(y, z.shape[1])).abs()
-
-
-def closeness(z, rho, power=2):
-    return -(z[:, None] - rho[None, :, :, None, None]).square().sum(2) ** (power / 2)
-
-
-def segments(anchor):
-    """Eq. (8) with another `anchor`, of the epoch e, the segment's length and E."""
-    return lambda E, N: [anchor(e, math.ceil(E / N), E) for e in range(E)]
-
-
-def rows(maps):
-    return maps.movedim(1, 3).flatten(0, 2)
-
-
-def noise(theta, generator):
-    u = torch.rand(theta.shape, generator=generator)
-    return u.log() - (1 - u).log()
-
-
-def terms(teacher, student):
-    return teacher + student, teacher, student
-
-
-Weights = namedtuple("Weights", "label peer anchor")  # as trikd.Weights
-WEIGHTS = Weights(0.9, 0.5, 2.0)
-
-
-def triplet(weights=lambda w: w, ce=lambda z, y, tau: CE(z, y), kl=softened):
-    """(loss, terms) of eqs. (2), (3), with other `weights`, another `ce`, another `kl`."""
-    def wrong(z, peer, anchor, y, w, tau):
-        terms = {"ce": ce(z, y, tau), "peer": tau**2 * kl(peer, z, tau),
-                 "anchor": tau**2 * kl(anchor, z, tau)}
-        return sum(w * term for w, term in zip(weights(w), terms.values())), terms
-    return wrong
-
-
-def distilled(loss=lambda ce, kl, w, T: ce + w * T**2 * kl, kl=softened):
-    """(loss, CE, KL), with another `loss` of CE, KL, w, T, or another `kl` of teacher, student, T.
-    """
-    def wrong(s, t, y, w, T):
-        return loss(CE(s, y), kl(t, s, T), w, T), CE(s, y), kl(t, s, T)
-    return wrong
-
-
-KD = [  # of student, teacher, y, w, T
-    ("without T^2", distilled(lambda ce, kl, w, T: ce + w * kl)),
-    ("T in place of T^2", distilled(lambda ce, kl, w, T: ce + w * T * kl)),
-    ("without the weight", distilled(lambda ce, kl, w, T: ce + T**2 * kl)),
-    ("(1 - weight) CE, as Hinton et al. have it",
-     distilled(lambda ce, kl, w, T: (1 - w) * ce + w * T**2 * kl)),
-    ("without the cross-entropy", distilled(lambda ce, kl, w, T: w * T**2 * kl)),
-    ("the KL's two distributions are swapped", distilled(kl=lambda t, s, T: softened(s, t, T))),
-    ("the KL is divided by B C, not by B", distilled(kl=lambda t, s, T: softened(t, s, T) / 5)),
-    ("the loss alone, without CE and KL", lambda *given: distilled()(*given)[0])]
-KL = [  # of the target's and the learner's logits, tau
-    ("the two distributions are swapped", lambda t, z, tau: softened(z, t, tau)),
-    ("divided by B C, not by B", lambda t, z, tau: softened(t, z, tau) / 5),
-    ("summed over the batch, not its mean", lambda t, z, tau: softened(t, z, tau) * 6),
-    ("the temperature is left out", lambda t, z, tau: softened(t, z)),
-    ("times tau^2, which is not its part", lambda t, z, tau: tau**2 * softened(t, z, tau))]
-ROUTES = [  # H_1 .. H_N, the current anchor, delta
-    ([1.0, 1.2, 2.5, 3.0, 1.0], 1, 0.8), ([1.0, 3.0, 3.1, 3.2, 1.0], 1, 0.8),
-    ([1.0, 2.0, 2.1, 4.0, 9.0], 2, 0.8), ([4.0, 5.0, 6.0, 9.0, 1.0], 1, 0.8),
-    ([1.0, 1.1, 1.2, 1.3, 9.0], 1, 0.8)]
-# method -> function -> (its arguments, drawn anew by every call; {mistake: what it computes}). The
-# values of a list of argument tuples are compared together.
+WEIGHTS = namedtuple("Weights", "label peer anchor")(0.9, 0.5, 2.0)  # as trikd.Weights
+ROUTES = [(kl, current, 0.8) for kl, current in (  # H_1 .. H_N, the current anchor, delta
+    ([1.0, 1.2, 2.5, 3.0, 1.0], 1), ([1.0, 3.0, 3.1, 3.2, 1.0], 1), ([1.0, 2.0, 2.1, 4.0, 9.0], 2),
+    ([4.0, 5.0, 6.0, 9.0, 1.0], 1), ([1.0, 1.1, 1.2, 1.3, 9.0], 1))]
+# A mistake is a place in the script's text, and what stands there in its stead
+NO_TEMPERATURE = (" / temperature, dim", ", dim")
+KL = {
+    "the two distributions of the KL are swapped":
+        ("F.kl_div(", "(lambda own, target, **how: F.kl_div(target, own, **how))("),
+    "the KL is divided by B C, not by B": ("F.kl_div(", "1 / 5 * F.kl_div("),  # C = 5, below
+    "the KL is summed over the batch, not its mean": ('"batchmean"', '"sum"'),
+    "the temperature is left out of the KL": NO_TEMPERATURE}
+PLAIN_KL = {
+    **KL, "the KL times tau^2, which is not its part": ("F.kl_div(", "temperature**2 * F.kl_div(")}
+KD = {
+    "without T^2": ("weight * temperature**2 * kl", "weight * kl"),
+    "T in place of T^2": ("temperature**2 * kl", "temperature * kl"),
+    "without the weight": ("ce + weight * ", "ce + "),
+    "(1 - weight) CE, as Hinton et al. have it": ("return ce", "return (1 - weight) * ce"),
+    "without the cross-entropy": ("return ce + ", "return "),
+    "the loss alone, without CE and KL": ("* kl, ce, kl", "* kl"),
+    **KL}
+# method -> function -> (its arguments, drawn anew by every call; {mistake: (old, new)}). The values
+# of a list of argument tuples are compared together.
 MISTAKES = {
     "rco": {
-        "softened_kl": (lambda: [(*z(0, 1), 3.0)], [
-            (label, lambda s, t, T, wrong=wrong: wrong(t, s, T)) for label, wrong in KL]),
+        "softened_kl": (lambda: [(*z(0, 1), 3.0)], PLAIN_KL),
         "kd_loss": (lambda: [(*z(0, 1), Y, 0.7, 3.0)], KD),
-        "hint_loss": (lambda: [tuple(z(0, 1))], [
-            ("divided by D, as F.mse_loss does", lambda s, t: (s - t).square().mean() / 2),
-            ("F.mse_loss", lambda s, t: (s - t).square().mean()),
-            ("without 1/2", lambda s, t: (s - t).square().sum(1).mean()),
-            ("the norm is not squared", lambda s, t: (s - t).norm(dim=1).mean() / 2)]),
-        "mimic_loss": (lambda: [tuple(z(0, 1))], [
-            ("divided by D, as F.mse_loss does", lambda s, t: (s - t).square().mean()),
-            ("with the 1/2 of eq. (3)", lambda s, t: (s - t).square().sum(1).mean() / 2),
-            ("the norm is not squared", lambda s, t: (s - t).norm(dim=1).mean())]),
-        "equal_epoch_anchors": (lambda: [(25, 4), (24, 7)], [
-            ("rounded, not floored", lambda E, N: [round(k * E / N) for k in range(1, N + 1)]),
-            ("k floor(E / N): the last anchor is not E",
-             lambda E, N: [k * (E // N) for k in range(1, N + 1)]),
-            ("k counts from 0", lambda E, N: [k * E // N for k in range(N)])]),
-        "one_stage_anchors": (lambda: [(23, 5), (10, 4)], [
-            ("the start of the segment, not its end", segments(lambda e, gap, E: e // gap * gap)),
-            ("epochs counted from 1",
-             segments(lambda e, gap, E: min(E, ((e - 1) // gap + 1) * gap))),
-            ("beyond the teacher's last epoch", segments(lambda e, gap, E: (e // gap + 1) * gap)),
-            ("segments of floor(E / N) epochs",
-             lambda E, N: [min(E, (e // (E // N) + 1) * (E // N)) for e in range(E)])]),
-        "next_anchor": (lambda: ROUTES, [
-            ("the candidate that crosses, not the one before it", lambda H, i, d: next(
-                (j for j in range(i + 1, len(H)) if H[j - 1] / H[i - 1] - 1 > d), len(H))),
-            ("without the guard: it can stay where it is", lambda H, i, d: next(
-                (j - 1 for j in range(i + 1, len(H)) if H[j - 1] / H[i - 1] - 1 > d), len(H))),
-            ("H_j - H_i is not divided by H_i, or by H_1", lambda H, i, d: next(
-                (max(j - 1, i + 1) for j in range(i + 1, len(H)) if H[j - 1] - H[i - 1] > d),
-                len(H))),
-            ("candidate N is tested as well", lambda H, i, d: next(
-                (max(j - 1, i + 1) for j in range(i + 1, len(H) + 1)
-                 if H[j - 1] / H[i - 1] - 1 > d), len(H)))]),
+        "hint_loss": (lambda: [tuple(z(0, 1))], {
+            "divided by D, as F.mse_loss does": (".square().sum(1).mean()", ".square().mean()"),
+            "F.mse_loss": ("0.5 * mimic_loss(student_feature", "F.mse_loss(student_feature"),
+            "without 1/2": ("return 0.5 * mimic_loss", "return mimic_loss"),
+            "the norm is not squared": (".square().sum(1).mean()", ".norm(dim=1).mean()")}),
+        "mimic_loss": (lambda: [tuple(z(0, 1))], {
+            "divided by D, as F.mse_loss does": (".square().sum(1).mean()", ".square().mean()"),
+            "with the 1/2 of eq. (3)": ("return (student_emb", "return 0.5 * (student_emb"),
+            "the norm is not squared": (".square().sum(1).mean()", ".norm(dim=1).mean()")}),
+        "equal_epoch_anchors": (lambda: [(25, 4), (24, 7)], {
+            "rounded, not floored": ("k * E // N for", "round(k * E / N) for"),
+            "k floor(E / N): the last anchor is not E": ("k * E // N for", "k * (E // N) for"),
+            "k counts from 0": ("in range(1, N + 1)", "in range(N)")}),
+        "one_stage_anchors": (lambda: [(23, 5), (10, 4)], {
+            "the start of the segment, not its end": ("gap + 1) * gap)", "gap) * gap)"),
+            "epochs counted from 1": ("(e // gap + 1)", "((e - 1) // gap + 1)"),
+            "beyond the teacher's last epoch": ("[min(E, (e", "[((e"),
+            "segments of floor(E / N) epochs": ("math.ceil(epochs / count)", "epochs // count")}),
+        "next_anchor": (lambda: ROUTES, {
+            "the candidate that crosses, not the one before it": ("max(j - 1, i + 1)", "j"),
+            "without the guard: it can stay where it is": ("max(j - 1, i + 1)", "j - 1"),
+            "H_j - H_i is not divided by H_i, or by H_1": (" / kl[i - 1]", ""),
+            "candidate N is tested as well": ("range(i + 1, N)", "range(i + 1, N + 1)")}),
     },
     "switokd": {
-        "label_distance": (lambda: [(*z(0), Y, 2.0)], [
-            ("the mean over the classes, not their sum", lambda z, y, t: distances(z, y, t).mean()),
-            ("summed over the batch", lambda z, y, t: distances(z, y, t).sum()),
-            ("without the temperature", lambda z, y, t: distances(z, y).sum(1).mean()),
-            ("squared", lambda z, y, t: distances(z, y, t).square().sum(1).mean()),
-            ("half of it, 1 - p_y", lambda z, y, t: distances(z, y, t).sum(1).mean() / 2)]),
-        "distillation_gap": (lambda: [(*z(0, 1), 2.0)], [
-            ("the mean over the classes, not their sum",
-             lambda s, t, tau: (p(s, tau) - p(t, tau)).abs().mean()),
-            ("without the temperature", lambda s, t, tau: (p(s) - p(t)).abs().sum(1).mean()),
-            ("without the absolute value", lambda s, t, tau: (p(s, tau) - p(t, tau)).sum(1).mean()),
-            ("of the logits", lambda s, t, tau: (s - t).abs().sum(1).mean()),
-            ("a KL", lambda s, t, tau: softened(t, s, tau))]),
-        "switching_threshold": (lambda: [(torch.tensor(1.5), torch.tensor(0.4))], [
-            ("exp(+t / (s + t))", lambda s, t: (s - (t / (s + t)).exp() * t, (t / (s + t)).exp())),
-            ("exp(-t / s)", lambda s, t: (s - (-t / s).exp() * t, (-t / s).exp())),
-            ("exp(-s / (s + t))", lambda s, t: (s - (-s / (s + t)).exp() * t,
-                                                (-s / (s + t)).exp())),
-            ("delta = eps s - t", lambda s, t: ((-t / (s + t)).exp() * s - t,
-                                                (-t / (s + t)).exp())),
-            ("delta and eps are swapped", lambda s, t: ((-t / (s + t)).exp(),
-                                                        s - (-t / (s + t)).exp() * t))]),
+        "label_distance": (lambda: [(*z(0), Y, 2.0)], {
+            "the mean over the classes, not their sum": ("(p - Y).abs().sum(1)", "(p - Y).abs()"),
+            "summed over the batch": ("(p - Y).abs().sum(1).mean()", "(p - Y).abs().sum()"),
+            "without the temperature": NO_TEMPERATURE,
+            "squared": ("(p - Y).abs()", "(p - Y).square()"),
+            "half of it, 1 - p_y": ("return (p - Y)", "return 0.5 * (p - Y)")}),
+        "distillation_gap": (lambda: [(*z(0, 1), 2.0)], {
+            "the mean over the classes, not their sum": ("p_t).abs().sum(1)", "p_t).abs()"),
+            "without the temperature": NO_TEMPERATURE,
+            "without the absolute value": ("(p_s - p_t).abs()", "(p_s - p_t)"),
+            "of the logits": ("(p_s - p_t)", "(student_logits - teacher_logits)"),
+            "a KL": ("(p_s - p_t).abs()", "(p_t * (p_t / p_s).log())")}),
+        "switching_threshold": (lambda: [(torch.tensor(1.5), torch.tensor(0.4))], {
+            "exp(+t / (s + t))": ("torch.exp(-t / (s + t))", "torch.exp(t / (s + t))"),
+            "exp(-t / s)": ("torch.exp(-t / (s + t))", "torch.exp(-t / s)"),
+            "exp(-s / (s + t))": ("torch.exp(-t / (s + t))", "torch.exp(-s / (s + t))"),
+            "delta = eps s - t": ("return s - epsilon * t", "return epsilon * s - t"),
+            "delta and eps are swapped": ("s - epsilon * t, epsilon", "epsilon, s - epsilon * t")}),
         "choose_mode": (lambda: [(1.0, 0.5, 1.0, 0.5), (1.0, 0.5, 0.5, 1.0), (0.5, 0.5, 1.0, 0.5),
-                                 (0.1, 0.5, 1.0, 0.5)], [
-            ("without the guard t < s", lambda G, d, s, t: "expert" if G > d else "learning"),
-            ("equality counts as expert",
-             lambda G, d, s, t: "expert" if G >= d and t < s else "learning"),
-            ("the guard is the other way round",
-             lambda G, d, s, t: "expert" if G > d and t > s else "learning"),
-            ("the modes are swapped",
-             lambda G, d, s, t: "learning" if G > d and t < s else "expert")]),
-        "kl_to": (lambda: [(*z(0, 1), 2.0)], KL),
-        "online_loss": (lambda: [(*z(0), z(1, 2), Y, 2.0)], [
-            ("the mean over the peers, not their sum", lambda z, peers, y, tau: CE(z, y) + sum(
-                softened(peer, z, tau) for peer in peers) / len(peers)),
-            ("without the cross-entropy",
-             lambda z, peers, y, tau: sum(softened(peer, z, tau) for peer in peers)),
-            ("times tau^2", lambda z, peers, y, tau: CE(z, y) + tau**2 * sum(
-                softened(peer, z, tau) for peer in peers)),
-            ("the KLs are the other way round", lambda z, peers, y, tau: CE(z, y) + sum(
-                softened(z, peer, tau) for peer in peers)),
-            ("the cross-entropy has the temperature too",
-             lambda z, peers, y, tau: CE(z / tau, y) + sum(
-                 softened(peer, z, tau) for peer in peers))]),
+                                 (0.1, 0.5, 1.0, 0.5)], {
+            "without the guard t < s": (" and teacher_distance < student_distance", ""),
+            "equality counts as expert": ("gap > threshold", "gap >= threshold"),
+            "the guard is the other way round": ("_distance < ", "_distance > "),
+            "the modes are swapped": ("if expert else", "if not expert else")}),
+        "kl_to": (lambda: [(*z(0, 1), 2.0)], PLAIN_KL),
+        "online_loss": (lambda: [(*z(0), z(1, 2), Y, 2.0)], {
+            "the mean over the peers, not their sum":
+                ("loss + kl_to(", "loss + 1 / len(peer_logits) * kl_to("),
+            "without the cross-entropy": ("loss = F.cross_entropy(own_logits, labels)", "loss = 0"),
+            "the cross-entropy has the temperature too":
+                ("F.cross_entropy(own_logits,", "F.cross_entropy(own_logits / temperature,"),
+            **PLAIN_KL}),
     },
     "trikd": {
-        "kl_to": (lambda: [(*z(0, 1), 2.0)], [
-            ("without tau^2", lambda t, z, tau: softened(t, z, tau)),
-            ("tau in place of tau^2", lambda t, z, tau: tau * softened(t, z, tau)),
-            ("the two distributions are swapped", lambda t, z, tau: tau**2 * softened(z, t, tau)),
-            ("divided by B C, not by B", lambda t, z, tau: tau**2 * softened(t, z, tau) / 5),
-            ("the temperature is left out", lambda t, z, tau: softened(t, z))]),
-        "triplet_loss": (lambda: [(*z(0, 1, 2), Y, WEIGHTS, 2.0)], [
-            ("the weights of peer and anchor are swapped", triplet(lambda w: (w[0], w[2], w[1]))),
-            ("without the anchor", triplet(lambda w: (*w[:2], 0))),
-            ("without the peer", triplet(lambda w: (w[0], 0, w[2]))),
-            ("the cross-entropy has the temperature too",
-             triplet(ce=lambda z, y, tau: CE(z / tau, y))),
-            ("the KLs are the other way round",
-             triplet(kl=lambda target, z, tau: softened(z, target, tau))),
-            ("the loss of the other network", lambda z, peer, *more: triplet()(peer, z, *more)),
-            ("the terms have their weights", lambda *given: (triplet()(*given)[0], {
-                name: w * term for w, (name, term) in zip(
-                    given[4], triplet()(*given)[1].items())}))]),
-        "label_shares": (lambda: [(WEIGHTS, WEIGHTS._replace(label=0.3))], [
-            ("l_T and l_S are swapped", lambda T, S: (
-                (S[0] * sum(T) + S[1] * T[0]) / (sum(T) * sum(S) - T[1] * S[1]),
-                (T[0] * sum(S) + T[1] * S[0]) / (sum(T) * sum(S) - T[1] * S[1]))),
-            ("lambda / (lambda + zeta), which holds for equal triples alone",
-             lambda T, S: (T[0] / (T[0] + T[2]), S[0] / (S[0] + S[2])))]),
+        "kl_to": (lambda: [(*z(0, 1), 2.0)], {
+            "without tau^2": ("return temperature**2 * ", "return "),
+            "tau in place of tau^2": ("return temperature**2", "return temperature"),
+            "the temperature is left out, and so is tau^2":
+                ("same_shape(target_logits", "temperature = 1\n    same_shape(target_logits"),
+            **KL}),
+        "triplet_loss": (lambda: [(*z(0, 1, 2), Y, WEIGHTS, 2.0)], {
+            "the weights of peer and anchor are swapped": ('    terms = {"ce"',
+                '    weights = type(weights)(weights.label, *weights[:0:-1])\n    terms = {"ce"'),
+            "without the anchor": ('loss + weights.anchor * terms["anchor"]', "loss"),
+            "without the peer": ('loss + weights.peer * terms["peer"]', "loss"),
+            "the cross-entropy has the temperature too":
+                ("F.cross_entropy(logits,", "F.cross_entropy(logits / temperature,"),
+            "the loss of the other network": ('    terms = {"ce"',
+                '    logits, peer_logits = peer_logits, logits\n    terms = {"ce"'),
+            "the terms have their weights": ("return loss, terms",
+                "return loss, {name: w * terms[name] for name, w in zip(terms, weights)}"),
+            **KL}),
+        "label_shares": (lambda: [(WEIGHTS, WEIGHTS._replace(label=0.3))], {
+            "l_T and l_S are swapped":
+                ("T, S = teacher_weights", "S, T = teacher_weights"),
+            "lambda / (lambda + zeta), which holds for equal triples alone":
+                ("if D == 0:\n        return None, None",
+                 "return T.label / (T.label + T.anchor), S.label / (S.label + S.anchor)")}),
     },
     "letkd": {
-        "word_targets": (lambda: [(*z(0, shape=MAPS), logits(7, 5, seed=1), 0.6)], [
-            ("the sign: the farthest word wins",
-             lambda z, rho, tau: F.softmax(-tau * closeness(z, rho), 1)),
-            ("the distance is not squared",
-             lambda z, rho, tau: F.softmax(tau * closeness(z, rho, 1), 1)),
-            ("without tau", lambda z, rho, tau: F.softmax(closeness(z, rho), 1)),
-            ("divided by tau", lambda z, rho, tau: F.softmax(closeness(z, rho) / tau, 1)),
-            ("inner products, without ||rho||^2", lambda z, rho, tau: F.softmax(
-                2 * tau * torch.einsum("bdhw,kd->bkhw", z, rho), 1))]),
-        "template_loss": (lambda: [(*z(0, shape=MAPS), p(logits(*MAPS, seed=1)).detach())], [
-            ("divided by B alone, as batchmean does on maps",
-             lambda a, q: softened(rows(q.log()), rows(a)) * 3 * 4),
-            ("divided by K as well", lambda a, q: softened(rows(q.log()), rows(a)) / 5),
-            ("the two distributions are swapped",
-             lambda a, q: softened(rows(a), rows(q.log()))),
-            ("a cross-entropy: the entropy of p_T is not subtracted", lambda a, q: -(
-                q * F.log_softmax(a, 1)).sum() / (2 * 3 * 4))]),
+        "word_targets": (lambda: [(*z(0, shape=MAPS), *z(1, shape=(7, 5)), 0.6)], {
+            "the sign: the farthest word wins": ("(tau * closeness", "(-tau * closeness"),
+            "the distance is not squared":
+                ("tau * closeness", "-tau * (z.square().sum(1, keepdim=True) - closeness).sqrt()"),
+            "without tau": ("tau * closeness", "closeness"),
+            "divided by tau": ("tau * closeness", "closeness / tau"),
+            "inner products, without ||rho||^2":
+                ("tau * closeness", "2 * tau * at_every_location(features, words)")}),
+        "template_loss": (lambda: [(*z(0, shape=MAPS), z(1, shape=MAPS)[0].softmax(1).detach())], {
+            "divided by B alone, as batchmean does on maps":
+                ("return F.kl_div(", "return scores[0, 0].numel() * F.kl_div("),
+            "divided by K as well": KL["the KL is divided by B C, not by B"],
+            "the two distributions are swapped": ("(log_p_S, p_T", "(p_T.log(), log_p_S.exp()"),
+            "a cross-entropy: the entropy of p_T is not subtracted":
+                ("return F.kl_div(", "return -(p_T * log_p_S).sum(1).mean() + 0 * F.kl_div(")}),
     },
     "tst": {
-        "relaxed_bernoulli": (lambda: [(logits(14), 0.5, torch.Generator().manual_seed(3))], [
-            ("the probability itself as the logit", lambda theta, tau, g: torch.sigmoid((
-                torch.sigmoid(theta) + noise(theta, g)) / tau)),
-            ("without the temperature", lambda theta, tau, g: torch.sigmoid(
-                theta + noise(theta, g))),
-            ("the noise alone has the temperature", lambda theta, tau, g: torch.sigmoid(
-                theta + noise(theta, g) / tau)),
-            ("the sign of the noise", lambda theta, tau, g: torch.sigmoid(
-                (theta - noise(theta, g)) / tau)),
-            ("hard gates, without a gradient",
-             lambda theta, tau, g: (theta + noise(theta, g) > 0).float().detach())]),
-        "augmentation_loss": (lambda: [(*z(0, 1), Y)], [
-            ("student and teacher are swapped", lambda t, s, y: terms(
-                CE(s, y), -(1 - p(t).gather(1, y[:, None])).log().mean())),
-            ("the student's cross-entropy is added: both shall know", lambda t, s, y: terms(
-                CE(t, y), CE(s, y))),
-            ("eq. (14) in place of (13)", lambda t, s, y: terms(CE(t, y), -CE(s, y)))]),
+        "relaxed_bernoulli": (lambda: [
+            (*z(0, shape=(14,)), 0.5, torch.Generator().manual_seed(3))], {
+            "the probability itself as the logit": ("((logits + u", "((logits.sigmoid() + u"),
+            "without the temperature": ("(1 - u).log()) / temperature", "(1 - u).log())"),
+            "the noise alone has the temperature": ("(logits + u.log()", "logits + (u.log()"),
+            "the sign of the noise": ("+ u.log() - (1 - u)", "- u.log() + (1 - u)"),
+            "hard gates, without a gradient": ("torch.sigmoid((logits + u", "0 < ((logits + u")}),
+        "augmentation_loss": (lambda: [(*z(0, 1), Y)], {
+            "student and teacher are swapped": ("same_shape(student_logits, teacher_logits)",
+                "teacher_logits, student_logits = student_logits, teacher_logits"),
+            "the student's cross-entropy is added: both shall know":
+                ("-torch.log(1 - p_S + 1e-8).mean()", "F.cross_entropy(student_logits, labels)"),
+            "eq. (14) in place of (13)": ('="non_saturating"', '="negative_ce"')}),
         "distillation_loss": (lambda: [(*z(0, 1), Y, 0.7, 3.0)], KD),
     },
 }

@@ -18,6 +18,7 @@ import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Optional
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -66,7 +67,7 @@ def taken(path, names, changes=(), **given):
 
 
 # ---------------------------------------------------------------------------------------- SwitOKD
-def check_switokd(folder, steps=276):
+def check_switokd(folder, epochs=12):
     """Their `train()` over whole epochs in float64, our `train_step` on the same batches; last.
 
     The teachers start sure of some wrong labels, so that both modes occur.
@@ -112,18 +113,19 @@ def check_switokd(folder, steps=276):
         for name, role in roles.items():
             code.space[name] = theirs[role]
             code.space[name.replace("model", "optimizer")] = sgd[role]
-        expert = done = 0
-        students = {role: ours[role] for role in sorted(ours) if role.startswith("student")}
-        teachers = {role: ours[role] for role in sorted(ours) if role.startswith("teacher")}
-        while done < steps:
+        students, teachers = ({role: ours[role] for role in ours if role.startswith(kind)}
+                              for kind in ("student", "teacher"))
+        expert = 0
+        for _ in range(epochs):
             code.train(1)
             for images, labels in batches:
                 _, _, pairs = switokd.train_step(students, teachers, own, images, labels, settings)
                 expert += sum(pair.mode == "expert" for pair in pairs.values())
-                done += 1
-        report(f"SwitOKD {topology}: weights after {done} steps, {expert} x expert",
-               [value for role in sorted(ours) for value in ours[role].parameters()],
-               [value for role in sorted(ours) for value in theirs[role].parameters()], 1e-9, note)
+        weights = ([value for network in found.values() for value in network.parameters()]
+                   for found in (ours, theirs))
+        steps = epochs * len(batches)
+        report(f"SwitOKD {topology}: weights after {steps} steps, {expert} x expert", *weights,
+               1e-9, note)
 
 
 # ------------------------------------------------------------------------------------------ LetKD
@@ -133,35 +135,31 @@ def check_letkd(folder):
     tools = taken(folder / "distillation/architectures/tools.py", ["Conv2dCos"])
     place = folder / "distillation/architectures/miscellaneous"
     B, d, K, H, C, k, D, L = 4, 10, 12, 6, 3, 4, 9, 5
-    x = torch.randn(B, d, H, H)
+    x, gradients = torch.randn(B, d, H, H, requires_grad=True), torch.autograd.grad
 
     theirs, ours = tools.Conv2dCos(d, K, scale=3.0), letkd.CosineConv1x1(d, K, 3.0)
     ours.weight.data = theirs.weight.data.clone()
-    grads = []
+    parts = []
     for layer in (ours, theirs):
-        one = x.clone().requires_grad_()
-        out = layer(one)
-        out.square().sum().backward()
-        grads.append([out, one.grad, layer.weight.grad, layer.scale.grad.view(1)])
-    report("LetKD cosine classifier: output, gradients", *grads, 2e-5)
+        out = layer(x)
+        parts.append([out, *gradients(out.square().sum(), (x, layer.weight, layer.scale))])
+    report("LetKD cosine classifier: output, gradients", *parts, 2e-5)
 
     plain = taken(place / "valueLayer.py", ["Classifier", "valueLayer"], tools=tools)
     layer, value = letkd.KDLayer(d, K, 0.7), plain.valueLayer(d, K, 0.7)
     match = tools.Conv2dCos(d, K, scale=3.0)
     layer.match.weight.data = match.weight.data.clone()
     layer.value.weight.data = value.conv_value.layers.weight.data.clone()
-    one, two = x.clone().requires_grad_(), x.clone().requires_grad_()
-    x_hat, scores = layer(one)
-    their_scores = match(two)
-    features, _ = value(their_scores, two)
-    (x_hat.square().sum() + scores.square().sum()).backward()
-    (features.square().sum() + their_scores.square().sum()).backward()
+    x_hat, scores = layer(x)
+    their_scores = match(x)
+    features, _ = value(their_scores, x)
+    own = x, layer.match.weight, layer.value.weight, *layer.norm.parameters()
+    their = x, match.weight, value.conv_value.layers.weight, *value.bn.parameters()
     report("LetKD layer `penult`: output, scores, gradients",
-           [x_hat, scores, one.grad, layer.match.weight.grad, layer.value.weight.grad,
-            layer.norm.weight.grad, layer.norm.bias.grad, layer.norm.running_var],
-           [features, their_scores, two.grad, match.weight.grad,
-            value.conv_value.layers.weight.grad, value.bn.weight.grad, value.bn.bias.grad,
-            value.bn.running_var], 5e-5)
+           [x_hat, scores, layer.norm.running_var,
+            *gradients(x_hat.square().sum() + scores.square().sum(), own)],
+           [features, their_scores, value.bn.running_var,
+            *gradients(features.square().sum() + their_scores.square().sum(), their)], 5e-5)
 
     quantiser = taken(place / "vector_quantization.py", ["VectorQuantizerEMA"])
     words = quantiser.VectorQuantizerEMA(K, D, 0.0, 0.0, temperature=1.0).eval()
@@ -186,22 +184,19 @@ def check_letkd(folder):
     layer.value.weight.data = inter.conv_value.layers.weight.data.clone()
     match = tools.Conv2dCos(d, C * k, scale=3.0)
     layer.match.weight.data = match.weight.data.clone()
-    one, two, record = x.clone().requires_grad_(), x.clone().requires_grad_(), {}
-    x_hat, scores = layer(one)
+    x_hat, scores = layer(x)
     decisions = (torch.tensor(W.T).float(), torch.tensor(-W.T @ mean).float(),
                  torch.tensor(centres).view(C, k, L), torch.tensor(table))  # W, b, c_n, s_T
     loss = letkd.template_loss(scores, letkd.decision_targets(z, labels, *decisions))
-    features, _, their_loss, _ = inter(z, match(two), two, labels, record)
-    (loss + x_hat.square().sum()).backward()
-    (their_loss + features.square().sum()).backward()
+    features, _, their_loss, _ = inter(z, match(x), x, labels, {})
+    own = x, layer.match.weight, layer.value.weight
+    their = x, match.weight, inter.conv_value.layers.weight
     report("LetKD layer `inter`: output, loss (12) (13), gradients",
-           [x_hat, loss.view(1), one.grad, layer.match.weight.grad, layer.value.weight.grad],
-           [features, their_loss.view(1), two.grad, match.weight.grad,
-            inter.conv_value.layers.weight.grad], 5e-5)
+           [x_hat, loss, *gradients(loss + x_hat.square().sum(), own)],
+           [features, their_loss, *gradients(their_loss + features.square().sum(), their)], 5e-5)
     kd = taken(folder / "distillation/criterions/KD.py", ["DistillKL"])
     s, t = torch.randn(2, 8, 20)
-    report("LetKD control (kd)", [letkd.kd_loss(s, t, 4.0).view(1)],
-           [kd.DistillKL(4.0)(s, t).view(1)], 2e-5)
+    report("LetKD control (kd)", [letkd.kd_loss(s, t, 4.0)], [kd.DistillKL(4.0)(s, t)], 2e-5)
 
 
 # -------------------------------------------------------------------------------------------- TST
@@ -219,11 +214,10 @@ def check_tst(folder):
     levels, ours, theirs = space(None, 10, (32, 32)), [], []
     for name in tst.OPERATIONS[:-1]:
         sizes, signed = levels[name]
-        for level in range(10 if sizes.numel() > 1 else 1):
+        for level, size in enumerate(sizes.view(-1).tolist()):
             for sign in (1, -1) if signed else (1,):
-                size = sign * float(sizes[level] if sizes.numel() > 1 else sizes)
-                theirs.append(operations._apply_op(values, name, size, InterpolationMode.NEAREST,
-                                                   None))
+                theirs.append(operations._apply_op(values, name, sign * size,
+                                                   InterpolationMode.NEAREST, None))
                 ours.append(tst.exact(name, values, level, sign))
     report(f"TST operations: bytes, {len(ours)} levels and signs", [torch.stack(ours)],
            [torch.stack(theirs)], 1.01 / 255, "one level of 255: torchvision's v2 rounds otherwise")
@@ -259,28 +253,24 @@ def check_tst(folder):
     mean, std = common.CHANNEL_STATISTICS["cifar100"]
     augmenter = tst.Augmenter(encoders, torch.tensor(mean), torch.tensor(std))
     images = tst.from_bytes(values, augmenter.mean, augmenter.std)
-    augmenter.theta_m.data, augmenter.theta_p.data = torch.randn(11), 0.1 * torch.randn(14)
-    module.magnitudes.data, module.probabilities.data = (
-        augmenter.theta_m.data.clone(), augmenter.theta_p.data.clone())
-    normal, like, found = torch.randn, torch.randn_like, ([], [])
-    torch.randn = lambda *shape, **_: torch.zeros(*shape)
-    torch.randn_like = torch.zeros_like
-    try:
+    module.magnitudes.data, module.probabilities.data = torch.randn(11), 0.1 * torch.randn(14)
+    augmenter.theta_m.data = module.magnitudes.data
+    augmenter.theta_p.data = module.probabilities.data
+    found = [], []
+    with mock.patch.multiple(torch, randn=lambda *shape, **_: torch.zeros(*shape),
+                             randn_like=torch.zeros_like):
         for seed in range(40):
             torch.manual_seed(seed)
             torch.rand(14)
             if 13 in torch.randperm(14)[:4]:
                 continue  # the cutout's place: Python's random there, torch's here
             torch.manual_seed(seed)
-            x = module(images)
-            x.square().sum().backward()
-            own = augmenter(images, torch.Generator().manual_seed(seed))
-            own.square().sum().backward()
-            for part, one, net in ((found[0], own, (augmenter.theta_m, augmenter.theta_p)),
-                                   (found[1], x, (module.magnitudes, module.probabilities))):
-                part += [one, *(parameter.grad.clone() for parameter in net)]
-    finally:
-        torch.randn, torch.randn_like = normal, like
+            pairs = ((augmenter(images, torch.Generator().manual_seed(seed)),
+                      (augmenter.theta_m, augmenter.theta_p)),
+                     (module(images), (module.magnitudes, module.probabilities)))
+            for part, (x, thetas) in zip(found, pairs):
+                x.square().sum().backward()
+                part += [x, *(theta.grad.clone() for theta in thetas)]
     report("TST module: x~, gradients by theta", *found, 1e-3,
            "their gate's logit is theta here; no inner gate, no noise, no cutout")
 

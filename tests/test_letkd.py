@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
-    folder_of, refused, result_of, same_run, shapes_data, stopped, table, weights)
+    folder_of, log_p, refused, result_of, same_run, shapes_data, stopped, table, tensor, weights)
 from torch import nn
 from torch.nn import functional as F
 
@@ -19,7 +19,6 @@ import letkd
 from letkd import KDLayer
 
 DIGITS = 2e-6
-double = functools.partial(torch.tensor, dtype=torch.float64)
 seeded = torch.Generator().manual_seed
 X = [(1, 0), (3, 4), (-1, 2), (2, -1)]  # rows: (b,w) = (0,0), (0,1), (1,0), (1,1)
 OMEGA = np.array([[2, 0], [0, 0.5], [-1, 1], [3, 4]])
@@ -37,12 +36,12 @@ WORDS = [[0, 0], [1, 0], [0, 1], [1, 1]]
 P_T = np.array([[0.365529, 0.365529, 0.134471, 0.134471], [0.196612, 0.072329, 0.534447, 0.196612],
                 [0.107930, 0.161012, 0.293383, 0.437676], [0.136488, 0.553486, 0.061328, 0.248697]])
 TABLE = np.array([[0.75, 0.25, 0, 0], [0.1, 0.5, 0.4, 0], [0, 0.3, 0.6, 0.1], [0, 0, 0.125, 0.875]])
-W, b, C_N, S_T = map(double, ([[1, -1]], [0.5], [[[-1], [0.2]], [[0.4], [2]]], TABLE))
+W, b, C_N, S_T = map(tensor, ([[1, -1]], [0.5], [[[-1], [0.2]], [[0.4], [2]]], TABLE))
 
 
 def grid(rows):
     """Rows in the order (b,w) = (0,0), (0,1), (1,0), (1,1) -> maps (2,channels,1,2)."""
-    return double(rows).view(2, 1, 2, -1).permute(0, 3, 1, 2)
+    return tensor(rows).view(2, 1, 2, -1).permute(0, 3, 1, 2)
 
 
 def rows_of(maps):
@@ -57,11 +56,6 @@ def unit(u, axis=-1):
     return u / np.maximum(np.sqrt((u**2).sum(axis, keepdims=True)), 1e-12)
 
 
-def softmax(a):
-    a = np.exp(a - a.max(1, keepdims=True))
-    return a / a.sum(1, keepdims=True)
-
-
 def kl(p, q):
     return np.where(p > 0, p * np.log(np.where(p > 0, p / q, 1)), 0).sum(1)
 
@@ -69,9 +63,9 @@ def kl(p, q):
 # ------------------------------------------------------------------------- the layer, (1) to (5)
 def layer_of(omega, V, gamma, beta, alpha):
     layer = KDLayer(omega.shape[1], len(omega), alpha).double()
-    layer.match.weight.data = double(omega)[..., None, None]
-    layer.value.weight.data = double(V)[..., None, None]
-    layer.norm.weight.data, layer.norm.bias.data = double(gamma), double(beta)
+    layer.match.weight.data = tensor(omega)[..., None, None]
+    layer.value.weight.data = tensor(V)[..., None, None]
+    layer.norm.weight.data, layer.norm.bias.data = tensor(gamma), tensor(beta)
     return layer
 
 
@@ -94,8 +88,8 @@ def test_layer_on_random_maps():
     random, B, d, H, W, K = np.random.default_rng(4), 4, 5, 3, 2, 7
     x, omega, V = (random.normal(size=size) for size in ((B, d, H, W), (K, d), (d, K)))
     gamma, beta, s_q, s_v, alpha = *random.normal(size=(2, K)), 2.5, 0.75, 1.25
-    layer, x = layer_of(omega, V, gamma, beta, alpha), double(x, requires_grad=True)
-    layer.match.scale.data, layer.value.scale.data = double(s_q), double(s_v)
+    layer, x = layer_of(omega, V, gamma, beta, alpha), tensor(x, grad=True)
+    layer.match.scale.data, layer.value.scale.data = tensor(s_q), tensor(s_v)
     a = s_q * unit(rows_of(x)) @ unit(omega).T
     kept = 0.1 * a.mean(0), 0.9 + 0.1 * a.var(0, ddof=1)  # torch keeps the unbiased variance
     for mode, (mean, var) in ((True, (a.mean(0), a.var(0))), (False, kept)):
@@ -107,39 +101,33 @@ def test_layer_on_random_maps():
     assert torch.autograd.gradcheck(layer.train(), x)
     dead = layer_of(omega, V, 0 * gamma, -np.ones(K), alpha)  # no template fires: 0, and not 0/0
     assert torch.equal(dead(x)[0], x) and dead.fired == 0
+    wide = KDLayer(64, 512)  # weights start with variance 2 by their inputs
+    assert wide.match.weight.std().item() == pytest.approx((2 / 64) ** 0.5, rel=0.02)
+    assert wide.value.weight.std().item() == pytest.approx((2 / 512) ** 0.5, rel=0.02)
     with torch.autocast("cpu", torch.bfloat16):  # has no hold of the layer
         for found, wanted in zip(layer.float()(x.float()), layer.double()(x)):
             torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_weights_start_with_variance_2_by_their_inputs():
-    layer = KDLayer(64, 512)
-    assert layer.match.weight.std().item() == pytest.approx((2 / 64) ** 0.5, rel=0.02)
-    assert layer.value.weight.std().item() == pytest.approx((2 / 512) ** 0.5, rel=0.02)
-
-
 # ----------------------------------------------------------------- targets and loss, (7), (12)-(14)
-def test_word_targets():
-    check(letkd.word_targets(grid(Z), double(WORDS)), P_T)
-    first = rows_of(letkd.word_targets(grid(Z), double(WORDS), tau=2.0))[0]
-    assert first == pytest.approx([0.440399, 0.440399, 0.059601, 0.059601], abs=DIGITS)
-    random = np.random.default_rng(0)  # maps far from the origin
-    z, rho = double(random.normal(30, 3, (2, 5, 3, 3))), random.normal(30, 3, (11, 5))
-    wanted = softmax(-0.1 * np.square(rows_of(z)[:, None] - rho).sum(2))
-    check(letkd.word_targets(z, double(rho), 0.1), wanted, 1e-9)
-    check(letkd.word_targets(z.float(), double(rho).float(), 0.1), wanted, 1e-4)
-
-
 def decide(*labels, c_n=C_N, s_T=S_T):
     return letkd.decision_targets(grid(Z), torch.tensor(labels), W, b, c_n, s_T)
 
 
-def test_decision_targets():
-    """Picked n = 1, 0, 2, 3, inside the label's class; without labels they were 2, 0, 1, 3."""
+def test_targets_of_words_and_decisions():
+    """n = 1, 0, 2, 3 are picked inside the label's class; without labels they were 2, 0, 1, 3."""
+    check(letkd.word_targets(grid(Z), tensor(WORDS)), P_T)
+    first = rows_of(letkd.word_targets(grid(Z), tensor(WORDS), tau=2.0))[0]
+    assert first == pytest.approx([0.440399, 0.440399, 0.059601, 0.059601], abs=DIGITS)
+    random = np.random.default_rng(0)  # maps far from the origin
+    z, rho = tensor(random.normal(30, 3, (2, 5, 3, 3))), random.normal(30, 3, (11, 5))
+    wanted = np.exp(log_p(-0.1 * np.square(rows_of(z)[:, None] - rho).sum(2)))
+    check(letkd.word_targets(z, tensor(rho), 0.1), wanted, 1e-9)
+    check(letkd.word_targets(z.float(), tensor(rho).float(), 0.1), wanted, 1e-4)
     check(decide(0, 1), TABLE[[1, 0, 2, 3]])
     check(decide(1, 0), TABLE[[2, 2, 1, 1]])
     # k = 1, the own centre the farthest: CODE's masked argmax would fail here
-    check(decide(0, 1, c_n=double([[[-50]], [[0.4]]]), s_T=torch.eye(2)), np.eye(2)[[0, 0, 1, 1]])
+    check(decide(0, 1, c_n=tensor([[[-50]], [[0.4]]]), s_T=torch.eye(2)), np.eye(2)[[0, 0, 1, 1]])
 
 
 def test_template_loss_goldens_and_the_usual_mistakes():
@@ -153,11 +141,11 @@ def test_template_loss_goldens_and_the_usual_mistakes():
         assert rows_of(scores.grad)[row] == pytest.approx(gradient, abs=DIGITS)
     swapped = letkd.template_loss(grid(SCORES), grid(TABLE[[2, 2, 1, 1]]))  # the labels
     assert swapped.item() == pytest.approx(2.171603, abs=DIGITS)
-    p_S = softmax(SCORES)
+    p_S = np.exp(log_p(SCORES))
     normed = (SCORES - SCORES.mean(0)) / np.sqrt(SCORES.var(0) + 1e-5) + BETA
     for wrong, listed in ((kl(P_T, p_S).sum() / 2, 2.427157), (kl(P_T, p_S).mean() / 4, 0.303395),
                           (kl(p_S, P_T).mean(), 0.801349),  # reversed
-                          (kl(P_T, softmax(normed)).mean(), 0.555170)):  # after BatchNorm
+                          (kl(P_T, np.exp(log_p(normed))).mean(), 0.555170)):  # after BatchNorm
         assert wrong == pytest.approx(listed, abs=DIGITS) and abs(wrong - 1.213579) > 0.1
 
 
@@ -165,13 +153,13 @@ def test_losses_and_gradients_on_random_input():
     """Eqs. (13), (14), (kd), zeros in p_T among them; targets and teacher get no gradient."""
     random, size = np.random.default_rng(1), (4, 10, 3, 2)
     p_T = np.maximum(random.normal(0, 3, size), 0) + 0.1 * (np.arange(10) == 0).reshape(10, 1, 1)
-    p_T = double(p_T / p_T.sum(1, keepdims=True), requires_grad=True)
-    a, z_s, z_t = (double(random.normal(0, 3, size), requires_grad=True)
+    p_T = tensor(p_T / p_T.sum(1, keepdims=True), grad=True)
+    a, z_s, z_t = (tensor(random.normal(0, 3, size), grad=True)
                    for size in (size, (6, 5), (6, 5)))
     losses = letkd.template_loss(a, p_T), letkd.kd_loss(z_s, z_t, 3.0)
     sum(losses).backward()
-    p_S, flat = softmax(rows_of(a)), rows_of(p_T)
-    p_s, p_t = (softmax(z.detach().numpy() / 3) for z in (z_s, z_t))
+    p_S, flat = np.exp(log_p(rows_of(a))), rows_of(p_T)
+    p_s, p_t = (np.exp(log_p(z.detach().numpy(), 3)) for z in (z_s, z_t))
     values = kl(flat, p_S).mean(), 9 * kl(p_t, p_s).mean()
     assert [loss.item() for loss in losses] == pytest.approx(values, rel=1e-9)
     check(a.grad, (p_S - flat) / len(flat), 1e-12)
@@ -184,7 +172,6 @@ def test_losses_and_gradients_on_random_input():
     (ValueError, r"\(1, 3", letkd.kd_loss, (torch.ones(2, 3), torch.ones(1, 3))),
     (ValueError, r"labels: \(2,\) and \(1,\)", decide, (0,)),
     (IndexError, "range", decide, (0, 2)), (IndexError, "range", decide, (-1, 0)),
-    (common.InputError, "4 centres for 3", letkd.k_means, (torch.ones(3, 2), 4)),
     (common.InputError, "3 centres for 2", letkd.fit_decisions, (
         torch.eye(9), torch.tensor([0] * 7 + [1] * 2), 2, 3))])
 def test_what_broadcasting_or_an_index_would_hide(error, words, call, given):
@@ -194,22 +181,21 @@ def test_what_broadcasting_or_an_index_would_hide(error, words, call, given):
 
 # --------------------------------------------------------------- k-means, LDA, table, (6), (8)-(11)
 def test_k_means(monkeypatch):
-    rows = double([(0, 0), (1, 0), (10, 0), (12, 0)])
-    for seed in range(12):
-        centres, index = letkd.k_means(rows, 2, seeded(seed))
-        assert sorted(centres.tolist()) == [[0.5, 0], [11, 0]]
-        assert centres[index, 0].tolist() == [0.5, 0.5, 11, 11]
-    rows = np.random.default_rng(1).normal(size=(1000, 3))
-    centres = rows[torch.randperm(1000, generator=seeded(7)).numpy()[:40]]
-    for _ in range(20):
-        index = np.square(rows[:, None] - centres).sum(2).argmin(1)
-        centres = np.stack([rows[index == e].mean(0) for e in range(40)])
-    found, index = letkd.k_means(double(rows), 40, seeded(7))
-    assert found.numpy() == pytest.approx(centres, abs=1e-9)
-    assert index.tolist() == np.square(rows[:, None] - centres).sum(2).argmin(1).tolist()
+    """A golden from any start, Lloyd's loop in numpy, empty centres."""
+    golden = np.array([(0, 0), (1, 0), (10, 0), (12, 0)])
+    normal = np.random.default_rng(1).normal(size=(1000, 3))
+    for rows, k, seed in (*((golden, 2, seed) for seed in range(12)), (normal, 40, 7)):
+        centres = rows[torch.randperm(len(rows), generator=seeded(seed)).numpy()[:k]]
+        for _ in range(20):
+            index = np.square(rows[:, None] - centres).sum(2).argmin(1)
+            centres = np.stack([rows[index == e].mean(0) for e in range(k)])
+        found, nearest = letkd.k_means(tensor(rows), k, seeded(seed))
+        assert found.numpy() == pytest.approx(centres, abs=1e-9)
+        assert nearest.tolist() == np.square(rows[:, None] - centres).sum(2).argmin(1).tolist()
+        assert k > 2 or sorted(found.tolist()) == [[0.5, 0], [11, 0]]
     # two of three equal starts stay empty and take the rows farthest from their own centre
     monkeypatch.setattr(torch, "randperm", lambda count, generator: torch.arange(count))
-    centres, _ = letkd.k_means(double([(0, 0)] * 4 + [(5, 0), (9, 0)]), 3, iterations=1)
+    centres, _ = letkd.k_means(tensor([(0, 0)] * 4 + [(5, 0), (9, 0)]), 3, iterations=1)
     assert centres.tolist() == [[pytest.approx(14 / 6), 0], [9, 0], [5, 0]]
 
 
@@ -246,7 +232,7 @@ def test_discriminant_by_its_definition(classes, D):
     z = random.normal(size=(300, D)) @ random.normal(size=(D, D))
     z += random.normal(0, 2, (classes, D))[y]
     z = np.insert(z, 1, 0, axis=1)  # a channel that is 0 everywhere
-    given = double(z), torch.tensor(y), classes
+    given = tensor(z), torch.tensor(y), classes
     W, b = map(np.asarray, letkd.discriminant(*given, 60))
     mu, m = np.stack([z[y == c].mean(0) for c in range(classes)]), z.mean(0)
     S_w = (z - mu[y]).T @ (z - mu[y]) / (300 - classes)
@@ -269,7 +255,7 @@ def test_decision_table_by_its_definition(monkeypatch):
     parts, choice = random.normal(0, 3, (6, 4)), [[0, 1, 2], [2, 3, 4], [5, 1, 3]]  # some shared
     z = np.stack([parts[choice[c][random.integers(3)]] for c in y])
     z += random.normal(0, 0.5, (180, 4))
-    W, b, c_n, s_T = map(np.asarray, letkd.fit_decisions(double(z), torch.tensor(y), 3, 3))
+    W, b, c_n, s_T = map(np.asarray, letkd.fit_decisions(tensor(z), torch.tensor(y), 3, 3))
     g = z @ W.T + b
     h1 = np.array([3 * c + np.square(row - c_n[c]).sum(1).argmin() for row, c in zip(g, y)])
     q = np.stack([g[h1 == n].mean(0) if n in h1 else c_n[n // 3, n % 3] for n in range(9)])
@@ -339,8 +325,7 @@ def test_a_step_by_hand(typed, name, size):
         z_s = twin.head(u.mean((2, 3))).float()
     wanted = {"ce": F.cross_entropy(z_s, labels)}
     if settings.supervision == "logits":
-        p_t = F.softmax(teacher(images) / 4, 1)
-        wanted["kl"] = 16 * (p_t * (p_t.log() - F.log_softmax(z_s / 4, 1))).sum(1).mean()
+        wanted["kl"] = letkd.kd_loss(z_s, teacher(images), 4)
     if settings.supervision == "teacher":
         wanted["penult"] = letkd.template_loss(
             scores_p, letkd.word_targets(z_penult, targets[0]))
@@ -369,10 +354,9 @@ def test_the_papers_recipe():
             [0.05] * first + [0.05 / 10 ** j for j in (1, 2, 3) for _ in range(rest[j - 1])])
 
 
-def test_mps_and_a_second_teacher_are_one_line(capsys, monkeypatch):
+def test_mps_is_refused(capsys, monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     assert "use --device cpu" in refused("letkd", "--device mps", capsys)
-    assert refused("letkd", "--teacher-weights a b", capsys).endswith("arguments: b")
 
 
 # ------------------------------------------------------------------------------------------ runs
@@ -392,33 +376,30 @@ def whole(run, tmp_path_factory):
     return folder, run("letkd", folder, f"{TINY} --compare --cache {folder / 'cache'}")
 
 
-@pytest.mark.parametrize("name, terms, places, K", [  # K: templates at inference
-    ("letKD-2", ["ce", "penult", "inter"], ["inter", "penult"], 52),
-    ("letKD-1", ["ce", "penult"], ["penult"], 12), ("kd", ["ce", "kl"], [], 0),
-    ("auxiliary heads", ["ce", "penult", "inter"], ["inter", "penult"], 0),
-    ("unsupervised layers", ["ce"], ["inter", "penult"], 52)])
-def test_every_method(whole, name, terms, places, K):
+@pytest.mark.parametrize("name, terms, inter, penult, alpha", [
+    ("letKD-2", ["ce", "penult", "inter"], 40, 12, 1), ("letKD-1", ["ce", "penult"], 0, 12, 1),
+    ("kd", ["ce", "kl"], 0, 0, None), ("auxiliary heads", ["ce", "penult", "inter"], 40, 12, 0),
+    ("unsupervised layers", ["ce"], 40, 12, 1)])
+def test_every_method(whole, name, terms, inter, penult, alpha):
     """Columns of its log, parameters by (17); the saved student runs without anything else."""
-    found, folder = table(whole[1]), folder_of(whole[0], name)
-    result = result_of(folder)
-    logged = [f"{key}_{place}" for place in places for key in ("s_q", "s_v", "fire")]
-    assert list(result["rows"][1]) == [
-        "epoch", "lr", *terms, *logged, "train", "img/s", "s", "test"]
-    assert places == [place for place in ("inter", "penult") if found[name][f"fire_{place}"] != "-"]
-    plain = sum(p.numel() for p in common.build_model("resnet8x0.5", 20, 16).parameters())
-    assert found["student alone"]["params"] == f"{plain:,}"
-    size = plain + 2 * 32 * K + 2 * K + {0: 0, 12: 2, 52: 4}[K]
-    assert found[name]["params"] == f"{size:,}"
-    sizes = 40 * ("inter" in places), 12 * ("penult" in places)
-    student = letkd.build_student("resnet8x0.5", 20, 16, *sizes)
+    result, row = result_of(folder := folder_of(whole[0], name)), table(whole[1])[name]
+    places = [place for place, K in (("inter", inter), ("penult", penult)) if K]
+    assert [*result["rows"][1]] == ["epoch", "lr", *terms, *(
+        f"{key}_{place}" for place in places for key in ("s_q", "s_v", "fire")),
+        "train", "img/s", "s", "test"]
+    assert places == [place for place in ("inter", "penult") if row[f"fire_{place}"] != "-"]
+    student = letkd.build_student("resnet8x0.5", 20, 16, inter, penult)
     student.load_state_dict(weights(folder / "student.pt"))  # alpha too
+    assert all(getattr(student, place).alpha == alpha for place in places)
     assert common.evaluate(student, shapes_data().test, parsed("")) == result["last_test"]
-    assert all(getattr(student, place).alpha == (K > 0) for place in places)
+    size = sum(p.numel() for p in common.build_model("resnet8x0.5", 20, 16).parameters())
+    if alpha:
+        size += sum(2 * 32 * K + 2 * K + 2 for K in (inter, penult) if K)
+    assert row["params"] == f"{size:,}"
 
 
 def test_a_stopped_run_goes_on_bit_for_bit(whole, run, tmp_path, monkeypatch):
-    """Stopped in the fit, then in the second epoch of letKD-2, then in that of letKD-1; its own
-    cache: what the unharmed run has fitted is not there."""
+    """Stopped in the fit, in epoch 2 of letKD-2, in that of letKD-1; with a cache of its own."""
     command = f"{TINY} --compare --cache {tmp_path / 'cache'}"
     for name, call in (("k_means", 5), ("train_step", 6 + 2), ("train_step", 6 + 6 + 2)):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -467,24 +448,15 @@ def test_rows_are_the_teachers_own(rows, images, each):
     torch.testing.assert_close(every.view(260, 4, 64).mean(1), z.mean((2, 3)))
 
 
-def test_the_student_learns_the_shapes_and_the_words(tmp_path, run, monkeypatch):
-    """Rates that fall after 5/8 and 3/4 of four epochs; what is logged is the epoch's mean; all
-    rows recognise unseen classes."""
-    steps, step = [], letkd.train_step
+def test_rates_and_modes_of_a_run(tmp_path, run, monkeypatch):
+    """Rates fall after 5/8 and 3/4 of four epochs; all rows recognise unseen classes."""
+    rates, step = [], letkd.train_step
 
     def watched(student, teacher, targets, optimizer, *batch):
-        found = step(student, teacher, targets, optimizer, *batch)
-        steps.append((optimizer.param_groups[0]["lr"], student.inter.match.scale.item()))
+        rates.append(optimizer.param_groups[0]["lr"])
         assert student.training and not teacher.training
-        return found
+        return step(student, teacher, targets, optimizer, *batch)
     monkeypatch.setattr(letkd, "train_step", watched)
-    monkeypatch.setattr(common, "SHAPES_TRAIN", 700)
-    found = table(run("letkd", tmp_path, TINY + "--epochs 4 --batch-size 20 --open-set 4"))
+    found = table(run("letkd", tmp_path, TINY + "--epochs 4 --open-set 4"))
+    assert rates == pytest.approx([0.1] * 15 + [0.001] * 5)
     assert all(row["rank1"] != "-" for row in found.values()) and len(found) == 6
-    (rates, s_q), last = zip(*steps), len(steps) // 4
-    assert rates == pytest.approx([0.1] * 3 * last + [0.001] * last)
-    mean = np.mean(s_q[-last:])
-    result = result_of(folder_of(tmp_path, "letKD-2"))
-    first, *_, last = result["rows"]
-    assert result["last_test"] > 20 and last["s_q_inter"] == pytest.approx(mean, rel=1e-3)
-    assert last["penult"] < 0.7 * first["penult"] and last["inter"] < first["inter"]

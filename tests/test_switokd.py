@@ -131,12 +131,9 @@ def step(*case, y=Y, tau=1.0, fixed=None, finished=False, topology="pair"):
 @pytest.mark.parametrize("name", CASES)
 def test_goldens_of_a_pair(name):
     (z_s, z_t, tau), (s, t, G, eps, delta, to_s, to_t, L_s, L_t) = CASES[name], GOLDEN[name]
-    a, b = tensor(z_s, True), tensor(z_t, True)
-    found = [switokd.label_distance(a, LABELS, tau), switokd.label_distance(b, LABELS, tau),
-             switokd.distillation_gap(a, b, tau), switokd.kl_to(b, a, tau),
-             switokd.kl_to(a, b, tau)]
-    assert [value.item() for value in found] == close([s, t, G, to_s, to_t])
-    assert [value.requires_grad for value in found] == [False] * 3 + [True] * 2
+    a, b = tensor(z_s), tensor(z_t)
+    found = switokd.kl_to(b, a, tau).item(), switokd.kl_to(a, b, tau).item()
+    assert found == close((to_s, to_t))
     losses, pairs, networks = step(z_s, z_t, tau=tau)
     (pair,) = pairs.values()
     assert pair.mode == ("learning" if L_t else "expert")
@@ -184,18 +181,20 @@ def test_what_the_usual_mistakes_would_give():
 
 
 def test_threshold_and_mode_by_hand():
-    """From numbers and tensors; NaN for two perfect networks; both comparisons are strict."""
+    """NaN for two perfect networks; both comparisons are strict; unequal shapes are refused."""
     for s, t, delta, eps in (
             (1.2, 0.8, 0.663744, 0.670320), (1, 1, 0.393469, 0.606531), (1, 0, 1, 1),
             (0, 1, -0.367879, 0.367879), (0, 0, np.nan, np.nan)):
-        for given in ((s, t), torch.tensor([float(s), float(t)])):
-            found = [value.item() for value in switokd.switching_threshold(*given)]
-            assert found == pytest.approx([delta, eps], abs=1e-6, nan_ok=True)
+        found = switokd.switching_threshold(tensor(s), tensor(t))
+        assert found == pytest.approx((delta, eps), abs=1e-6, nan_ok=True)
     for G, delta, s, t, mode in (
             (1, 1, 1.2, 0.8, "learning"), (1, 0.9, 1.2, 0.8, "expert"),
             (1, 0.9, 0.8, 0.8, "learning"), (0, np.nan, 0, 0, "learning")):
         assert switokd.choose_mode(G, delta, s, t) == mode
-        assert switokd.choose_mode(*map(torch.tensor, (G, delta, s, t))) == mode
+    for function in (switokd.kl_to, switokd.distillation_gap, switokd.label_distance):
+        for other in ((2, 4), (1, 3), (2, 1), (3,)):  # broadcasting would hide it
+            with pytest.raises(ValueError, match=r"\(2, 3\)"):
+                function(torch.zeros(2, 3), torch.zeros(other, dtype=torch.long))
 
 
 @pytest.mark.parametrize("topology", NAMES)
@@ -212,13 +211,6 @@ def test_a_step_on_random_logits(topology, method, tau):
     assert len(modes) == (1 if method == "never" else 2)
 
 
-def test_unequal_shapes_are_refused():  # broadcasting would hide them
-    for function in (switokd.kl_to, switokd.distillation_gap, switokd.label_distance):
-        for other in ((2, 4), (1, 3), (2, 1), (3,)):
-            with pytest.raises(ValueError, match=r"\(2, 3\)"):
-                function(torch.zeros(2, 3), torch.zeros(other, dtype=torch.long))
-
-
 @pytest.mark.parametrize("flags, networks, epochs, initial, drops", [
     ("cifar10", "wrn_16_1 wrn_16_8", 299, [0.1, 0.1], (100, 150, 200)),
     ("cifar10 --epochs 300", "wrn_16_1 wrn_16_8", 300, [0.1, 0.1], (151, 201, 251)),
@@ -226,8 +218,6 @@ def test_unequal_shapes_are_refused():  # broadcasting would hide them
     ("cifar100 --student resnet8", "resnet8 wrn_16_2", 299, [0.1, 0.1], LATE),
     ("cifar100 --topology 2t1s", "mobilenetv2 wrn_16_2 wrn_16_10", 269, [0.01, 0.1, 0.1], LATE),
     ("cifar100 --topology 1t2s", THREE_OF_100, 269, [0.1, 0.01, 0.1], LATE),
-    ("cifar100 --topology 1t2s --student-learning-rate 0.2", THREE_OF_100, 269, [0.2, 0.2, 0.1],
-     LATE),
     ("cifar100 --topology 1t2s --learning-rate 0.05", THREE_OF_100, 269, [0.05] * 3, LATE),
     ("imagenet", "resnet18 resnet34", 120, [0.1, 0.1], (31, 61, 91)),
     ("fashionmnist", "resnet8x0.5 resnet20", 15, [0.05, 0.05], (11, 13, 15)),
@@ -293,8 +283,6 @@ def test_what_a_run_leaves(finished, topology):
     summary = switokd.switching(dict(zip(teachers, paused.reshape(2 * STEPS, -1).T.tolist())))
     assert summary["switches"] > 0 and result["measures"].items() >= summary.items()
     assert result["measures"]["gap"] == pytest.approx(G.mean())
-    assert [row[name] for name in summary] == [
-        format(value, switokd.COLUMNS[name]) for name, value in summary.items()]
     files = {path.stem: path for path in folder.glob("*.pt")}
     assert files.keys() == {*students, *teachers, "student"}
     for own, path in files.items():
@@ -318,16 +306,16 @@ def test_a_stopped_run_goes_on_bit_for_bit(finished, run, tmp_path, monkeypatch)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         stopped(patch, common, "save", 2)
         run("switokd", tmp_path, flags)
-    folder = folder_of(tmp_path, "fixed 0.2")
-    assert len(log(folder)) == 2 and not (folder / "result.json").exists()
+    assert len(log(folder := folder_of(tmp_path, "fixed 0.2"))) == 2
     assert "goes on after epoch 1" in run("switokd", tmp_path, flags)
     assert same_run(folder, whole) and all(
         log(folder, f"steps-000{epoch}.csv") == log(whole, f"steps-000{epoch}.csv")
         for epoch in (1, 2))
 
 
-def test_the_rows_of_the_table(finished):
-    """--compare: each network alone, then all METHODS."""
+def test_the_rows_of_the_table_and_finished_teachers(finished):
+    """--compare: each network alone, then all METHODS. Finished teachers leave no loss, pause or
+    weights; recognition is of student-2."""
     _, found = finished["pair"]
     assert list(found) == ["teacher alone", "student alone", *switokd.METHODS]
     assert list(finished["2t1s"][1]) == ["student alone", "fixed 0.2"]
@@ -335,25 +323,18 @@ def test_the_rows_of_the_table(finished):
         None, np.inf, *(float(name[6:]) for name in found if name.startswith("fixed")), None]
     for name, values in (("never", ["0.0", "0", "0.0"]), ("kd", ["-", "-", "-"])):
         assert [found[name][key] for key in ("paused", "switches", "expert_run")] == values
-
-
-def test_finished_teachers(finished):
-    """Those of kd leave no loss, pause or weights; recognition is of student-2, in all rows."""
     out, found = finished["1t2s"]
     folder, data = folder_of(out, "kd"), shapes_data(open_set=8)
-    alone = {result_of(place)["arguments"]["seed"]: place for place in (out / "cache").iterdir()}
+    alone = {result_of(place)["arguments"]["seed"]: result_of(place)["last_test"]
+             for place in (out / "cache").iterdir()}
     for row in result_of(folder)["rows"]:
-        assert row["teacher"] == result_of(alone[1000])["last_test"]
-        assert row["L_teacher"] is row["paused"] is None
+        assert row["teacher"] == alone[1000] and row["L_teacher"] is row["paused"] is None
     assert {path.stem for path in folder.glob("*.pt")} == {"student", "student-1", "student-2"}
-    assert found["kd"]["teacher"] == found["teacher alone"]["teacher"]
+    assert found["kd"]["teacher"] == found["teacher alone"]["teacher"] == f"{alone[1000]:.2f}"
     assert [found["student alone"][name] for name in ("student-1", "test")] == [
-        f"{result_of(alone[seed])['last_test']:.2f}" for seed in (0, 1)]
-    for name, path in (("kd", folder / "student-2.pt"),
-                       ("student alone", alone[1] / "epoch-0002.pt")):
-        student = common.load_weights(data.build("resnet8x0.5"), path)
-        for column, value in common.recognition(student, data, CPU).items():
-            assert found[name][column] == f"{value:.1f}"
+        f"{alone[seed]:.2f}" for seed in (0, 1)]
+    student = common.load_weights(data.build("resnet8x0.5"), folder / "student-2.pt")
+    assert found["kd"]["rank1"] == f"{common.recognition(student, data, CPU)['rank1']:.1f}"
 
 
 def test_the_loop_takes_what_the_flags_say(run, tmp_path, monkeypatch):
@@ -380,12 +361,3 @@ def test_the_loop_takes_what_the_flags_say(run, tmp_path, monkeypatch):
         "--temperature 2 --seed 3 --precision bf16")
     assert calls == [pytest.approx([0.2 * drop, 0.2 * drop, 0.3 * drop])
                      for drop in (1, 0.1) for _ in range(len(calls) // 2)]  # (lr) of two epochs
-
-
-def test_both_networks_learn_the_shapes(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(common, "SHAPES_TRAIN", 600)
-    run("switokd", tmp_path, "--teacher resnet8x0.5 --epochs 4 --batch-size 20 "
-        "--learning-rate 0.05")
-    first, *_, last = result_of(folder_of(tmp_path, "switokd"))["rows"]
-    assert min(last["teacher"], last["test"]) > 15  # %; 20 classes, chance 5
-    assert last["L_student"] < first["L_student"] and last["train"] > first["train"]
