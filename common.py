@@ -331,7 +331,8 @@ def load_data(arguments, validation=0.0):
         raise InputError(f"{name}: class {names[min(missing)]} has no image left to train or to "
                          "test on; add some, or raise --train-fraction")
     if arguments.batch_size > train.sum():
-        raise InputError(f"--batch-size {arguments.batch_size}: there are {train.sum()} images")
+        raise InputError(f"--batch-size {arguments.batch_size}: there are {train.sum()} training "
+                         "images; lower it")
     sample = images[train][:: max(1, train.sum() // 5000)].float() / 255
     usual = CHANNEL_STATISTICS.get(name) or (
         sample.mean((0, 2, 3)), sample.std((0, 2, 3)).clamp_min(1e-3))

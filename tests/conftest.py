@@ -174,7 +174,7 @@ def log(folder, name="log.csv"):
 def same_run(one, other):
     """Two folders hold the same networks, logs and results, but for what a clock decides."""
     names = {path.name for path in Path(one).glob("*.pt")}
-    timed = {"seconds", "rows", "command"}
+    timed = {"seconds", "rows", "command", "commit"}
     ours, theirs = ({key: value for key, value in result_of(folder).items() if key not in timed}
                     for folder in (one, other))
     for row in (*ours.get("table", ()), *theirs.get("table", ())):

@@ -128,7 +128,6 @@ def test_other_flags_data_or_sources_touch_nothing(tmp_path, monkeypatch):
     shapes, methods = shapes_data(), {"one": ({}, "?"), "two": ({"bonus": 2}, "?")}
 
     def ran(facts=shapes.facts, **flags):
-        common.source_of.cache_clear()  # as in a new process
         common.source_of.cache_clear()  # as in another process
         arguments = {"seed": 0, "bonus": 1, "method": ["one"], "out": tmp_path / "out",
                      "teacher_weights": [tmp_path / "teacher.py"], **flags}
