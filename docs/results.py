@@ -6,6 +6,7 @@
                                      it has a block `short table`)
     python docs/results.py           the tables alone, from docs/results/; and the plot, where
                                      matplotlib is installed
+    python docs/results.py end ...   the same two for the second protocol, of docs/protocol.md
 
 DATA is CIFAR-10 as DATA/train/CLASS/* and DATA/test/CLASS/*; seed 9 is the tuning, with a test part
 cut from DATA/train. Two commands at once: ... | OMP_NUM_THREADS=1 xargs -P 2 -d '\\n' -n 1 sh -c
@@ -16,6 +17,7 @@ import math
 import statistics
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -94,7 +96,6 @@ ROWS = [  # of the table: label, run, KD with as many epochs, the method's own c
     ("random augmentation, one operation, 2B images", "random", "kd-2b", None),
     ("TST, one operation, 2B images", "tst", "kd-2b", "random"),
 ]
-NAMES = {run: label for label, run, *_ in ROWS}
 SHORT = ("teacher-30", "alone-15", "alone-75", "kd-15", "kd-2b", "eei", "eei-60", "switokd",
          "trikd 1", "trikd 2", "letkd-1", "letkd-2", "tst")  # in README.md
 SMALL = {  # table: rows of label, run, control; and columns from the runs' measures
@@ -105,23 +106,85 @@ SMALL = {  # table: rows of label, run, control; and columns from the runs' meas
              ("TriKD, generation 1", "few-trikd", "few-mutual")], ("s_gap", "teacher", "t_gap")),
 }
 
+# The second protocol, trained to the end: docs/protocol.md. Its runs stand in the order to run in:
+# the first trains the finished teacher and the student alone; the long ones come late; the last
+# two, of SwitOKD, wait for its grid.
+END_FLAGS = "--dataset folder --data {data} --image-size 16 --train-fraction 0.1"
+END_TAKEN = {**TAKEN, "RCO": 4, "SwitOKD": 1}  # N: the paper's; tau: by the grid, until then 1
+END_RCO = f"rco.py --epochs 120 {T}"  # the finished teacher's epochs; the student's are in a stage
+END_KD = f"{END_RCO} --method 'kd long' --anchors 1 --stage-epochs"
+OF_TEACHER = "--epochs 120 --teacher-weights {place}/cache/folder-resnet20-120-*/epoch-0120.pt"
+END_RUNS = {
+    "kd-120": f"{END_KD} 120",
+    "eei": f"{END_RCO} --anchors {END_TAKEN['RCO']} --stage-epochs 30",
+    "kd-restarts": f"{END_RCO} --method 'kd restarts' --anchors 4 --stage-epochs 30",
+    "one-stage": f"{END_RCO} --method one-stage",
+    **{run: RUNS[run].replace(TEACHER, OF_TEACHER) for run in (
+        "letkd-1", "letkd-2", "heads-1", "heads", "unsupervised", "tst", "random", "kd-2b")},
+    "greedy": f"{END_RCO} --method greedy --stage-epochs 30",  # as many stages as it takes
+    "trikd": f"trikd.py --epochs 120 --anchor-weight {TAKEN['TriKD']}",
+    "mutual-240": "trikd.py --method 'mutual learning' --epochs 240",
+    "alone-480": "trikd.py --method 'student alone long' --epochs 240 --generations 1",  # 2 x 240
+    "kd-480": f"{END_KD} 480",
+    "eei-480": f"{END_RCO} --anchors {END_TAKEN['RCO']} --stage-epochs 120",
+    "never": f"switokd.py --method never --epochs 120 --temperature {END_TAKEN['SwitOKD']}",
+    "switokd": f"switokd.py --epochs 120 --temperature {END_TAKEN['SwitOKD']}",
+}
+END_GRID = {"SwitOKD": ("tau", (0.5, 1, 2, 4), "switokd.py --epochs 120 --temperature VALUE")}
+END_ROWS = [  # as above; the student alone of 240 epochs is a by-product of mutual learning
+    ("teacher, alone", "teacher-120", None, None),
+    ("student alone", "alone-120", "kd-120", None), ("student alone", "alone-240", None, None),
+    ("student alone", "alone-480", "kd-480", "kd-120"),
+    ("KD", "kd-120", None, None), ("KD", "kd-480", None, None),
+    ("KD, 4 stages", "kd-restarts", "kd-120", None), ("KD, 2B images", "kd-2b", "kd-120", None),
+    ("RCO, one-stage", "one-stage", "kd-120", None),
+    ("RCO, eei, 4 anchors", "eei", "kd-120", "kd-restarts"),
+    ("RCO, eei, 4 anchors, as in the paper", "eei-480", "kd-480", "kd-120"),
+    ("RCO, greedy", "greedy", None, "eei"),
+    ("never paused (switokd.py)", "never", "kd-120", None),
+    ("SwitOKD", "switokd", "kd-120", "never"),
+    ("mutual learning (trikd.py)", "mutual-240", None, "alone-240"),
+    ("TriKD, generation 1", "trikd 1", None, "mutual-240"),
+    ("TriKD, generation 2", "trikd 2", None, "trikd 1"),
+    ("unsupervised layers", "unsupervised", "kd-120", "alone-120"),
+    ("auxiliary heads, one layer", "heads-1", "kd-120", "alone-120"),
+    ("auxiliary heads, two layers", "heads", "kd-120", "alone-120"),
+    ("LetKD-1", "letkd-1", "kd-120", "heads-1"), ("LetKD-2", "letkd-2", "kd-120", "heads"),
+    ("random augmentation, one operation, 2B images", "random", "kd-2b", None),
+    ("TST, one operation, 2B images", "tst", "kd-2b", "random"),
+]
+END_SMALL = {
+    "switokd": ([("never paused", "never", None), ("SwitOKD", "switokd", "never")],
+                ("gap", "teacher", "paused", "switches")),
+    "trikd": ([("mutual learning", "mutual-240", None),
+               ("TriKD, generation 1", "trikd 1", "mutual-240"),
+               ("TriKD, generation 2", "trikd 2", "mutual-240")], ("s_gap", "teacher", "t_gap")),
+}
+
+# prefix: of the names of its records' files and of its blocks in the pages
+FIRST = SimpleNamespace(prefix="", flags=FLAGS, taken=TAKEN, grid=GRID, runs=RUNS, rows=ROWS,
+                        small=SMALL, short=SHORT)
+END = SimpleNamespace(prefix="end-", flags=END_FLAGS, taken=END_TAKEN, grid=END_GRID,
+                      runs=END_RUNS, rows=END_ROWS, small=END_SMALL, short=())
+
 
 # --------------------------------------------------------------------------------------- commands
-def commands(data, folder, seed):
+def commands(data, folder, seed, protocol=FIRST):
     """The command lines of a seed: of the table, or of the grid."""
-    place, runs = f"{folder}/seed-{seed}", RUNS
+    place, runs = f"{folder}/seed-{seed}", protocol.runs
     if seed == TUNING:
         runs = {f"{method}-{value}": command.replace("VALUE", str(value)).replace(
                     "LENGTH", str(math.ceil(E / value)))
-                for method, (_, values, command) in GRID.items() for value in values}
+                for method, (_, values, command) in protocol.grid.items() for value in values}
         data = f"{data}/train"  # whose test part are 10,000 images on which no run of it trains
-    return [line(command, data, seed, place, f"{place}/{name}") for name, command in runs.items()]
+    flags = protocol.flags.format(data=data)
+    return [line(command, flags, seed, place, f"{place}/{name}") for name, command in runs.items()]
 
 
-def line(command, data, seed, place, out):
+def line(command, flags, seed, place, out):
     """A run's command line; its own flags come after the shared ones."""
     script, own = command.format(place=place).split(" ", 1)
-    shared = "" if "--dataset" in own else FLAGS.format(data=data) + " "
+    shared = "" if "--dataset" in own else flags + " "
     return f"python {script} {shared}{own} --seed {seed} --cache {place}/cache --out {out}"
 
 
@@ -173,6 +236,8 @@ def kept(name, result, alone=None):
         "teacher": teacher, "multiply_adds": [of_student, of_teacher],
         "parameters": measures.get("params", parameters),  # LetKD's: without auxiliary heads
         "measures": measures, "seconds": round(seconds(result), 1)}
+    if "paused" in measures:  # when, in %, and each epoch's seconds: the fastest hide the pauses
+        record["by_epoch"] = [[round(row["paused"], 1), row["s"]] for row in result["rows"]]
     if "table" not in result:
         return {name: record}
     found, G, peer = {}, len(result["table"]), settings["peer"]
@@ -187,14 +252,15 @@ def kept(name, result, alone=None):
     return found
 
 
-def collect(folder):
-    """Write docs/results/seed-S.json, {run: see `kept`}, for each seed in `folder`.
+def collect(folder, protocol=FIRST):
+    """Write docs/results/(end-)seed-S.json, {run: see `kept`}, for each seed in `folder`.
 
     Runs of a seed that stand there and are not in `folder` stay: it may hold a later part of them.
     """
     RECORDS.mkdir(exist_ok=True)
     for place in sorted(folder.glob("seed-*")):
-        seed, file, ended = int(place.name[5:]), RECORDS / f"{place.name}.json", {}
+        seed, ended = int(place.name[5:]), {}
+        file = RECORDS / f"{protocol.prefix}{place.name}.json"
         for path in sorted(place.glob("*/*/result.json")):
             result, name = json.loads(path.read_text()), path.parents[1].name
             if name == "cache":  # teachers and students alone
@@ -210,10 +276,11 @@ def collect(folder):
                                            for name, record in sorted(found.items())) + "\n}\n")
 
 
-def records():
+def records(protocol=FIRST):
     """{seed: {run: its record}} of docs/results/."""
-    return {int(path.stem.removeprefix("seed-")): json.loads(path.read_text())
-            for path in sorted(RECORDS.glob("seed-*.json"))}
+    name = f"{protocol.prefix}seed-"
+    return {int(path.stem.removeprefix(name)): json.loads(path.read_text())
+            for path in sorted(RECORDS.glob(f"{name}*.json"))}
 
 
 # ----------------------------------------------------------------------------------------- tables
@@ -260,23 +327,24 @@ def of_row(found, run, *others):
     return [one[run] for one in seeds], gaps
 
 
-def main_tables(found):
+def main_tables(found, protocol):
     """(the table of the page, its short form)."""
-    long, short = [], []
-    for label, run, kd, control in ROWS:
+    long, short, names = [], [], {run: label for label, run, *_ in protocol.rows}
+    for label, run, kd, control in protocol.rows:
         ours, (gap, own_gap) = of_row(found, run, kd, control)
         if not ours:
             continue
         thousand = [f"{statistics.mean(r[who][0] for r in ours) / 1000:.0f}, "
                     f"{statistics.mean(r[who][1] + r[who][2] for r in ours) / 1000:.0f}"
                     for who in ("student", "teacher")]
-        first = [label, ours[0]["epochs"], spread([record["test"] for record in ours]), gap]
+        epochs = f"{statistics.mean(record['epochs'] for record in ours):.0f}"  # greedy's differ
+        first = [label, epochs, spread([record["test"] for record in ours]), gap]
         work = f"{statistics.mean(map(compute, ours)) / 1e12:.1f}"
         seconds = statistics.median(record["seconds"] for record in ours)
-        own_gap += f" ({NAMES[control]})" if control and own_gap != "-" else ""
+        own_gap += f" ({names[control]})" if control and own_gap != "-" else ""
         long.append([*first, own_gap, *thousand, work, f"{seconds:.0f}",
                      f"{ours[0]['parameters']:,}", len(ours)])
-        if run in SHORT:
+        if run in protocol.short:
             short.append([*first, own_gap, work])
     return (markdown(["run", "epochs", "accuracy", "to KD", "to its control",
                       "student: images forward, backward (thousands)", "teacher: the same",
@@ -299,24 +367,27 @@ def small_table(found, rows, columns):
                      "seeds"], lines)
 
 
-def tuning_table(of_seed):
+def tuning_table(of_seed, protocol):
     """The grid; the value that was taken is bold."""
     lines = []
-    for method, (constant, values, _) in GRID.items():
+    for method, (constant, values, _) in protocol.grid.items():
         tests = [of_seed.get(f"{method}-{value}", {}).get("test") for value in values]
         cells = [f"{value}: " + ("-" if test is None else f"{test:.2f}")
                  for value, test in zip(values, tests)]
-        lines.append([method, constant, *(f"**{cell}**" if value == TAKEN[method] else cell
+        taken = protocol.taken[method]
+        lines.append([method, constant, *(f"**{cell}**" if value == taken else cell
                                           for value, cell in zip(values, cells))])
     return markdown(["method", "constant", *["value: accuracy"] * 4], lines)
 
 
-def blocks():
+def blocks(protocol=FIRST):
     """{name of a block in the pages: its text}, made from docs/results/ alone."""
-    found = records()
-    long, short = main_tables(found)
-    return {"table": long, "short table": short, "tuning": tuning_table(found.get(TUNING, {})),
-            **{name: small_table(found, *table) for name, table in SMALL.items()}}
+    found = records(protocol)
+    long, short = main_tables(found, protocol)
+    tuning = tuning_table(found.get(TUNING, {}), protocol)
+    small = {name: small_table(found, *table) for name, table in protocol.small.items()}
+    return {f"{protocol.prefix}{name}": block for name, block in {
+        "table": long, "short table": short, "tuning": tuning, **small}.items()}
 
 
 def filled(text, of):
@@ -351,14 +422,19 @@ def plot(found):
 
 
 def main(arguments):
+    protocol = FIRST
+    if arguments[:1] == ["end"]:
+        protocol, arguments = END, arguments[1:]
     if arguments[:1] == ["--commands"]:
         data, folder, *seeds = arguments[1:]
-        print(*(line for seed in seeds for line in commands(data, folder, int(seed))), sep="\n")
+        print(*(line for seed in seeds for line in commands(data, folder, int(seed), protocol)),
+              sep="\n")
         return
     if arguments:
-        collect(Path(arguments[0]))
-    for path in (ROOT / "docs" / "results.md", ROOT / "README.md"):
-        path.write_text(filled(path.read_text(), blocks()))
+        collect(Path(arguments[0]), protocol)
+    for page in ("docs/results.md", "docs/protocol.md", "README.md"):
+        path = ROOT / page
+        path.write_text(filled(path.read_text(), blocks(FIRST) | blocks(END)))
     try:
         plot(records())
     except ImportError:
