@@ -62,6 +62,33 @@ def test_every_command_is_the_run_of_its_record():
         assert results.TAKEN[method] == max(tests, key=tests.get), method
 
 
+def test_second_protocol():
+    """Its commands parse, epochs are those of the runs' names, and each row comes from a run."""
+    E, lengths, teachers = 120, {}, {}
+    for command in results.commands("DATA", "runs/x", 0, results.END):
+        name, (script, settings) = command.rpartition("/")[2], parsed(command)
+        found = sum(map(len, settings["plan"])) if "plan" in settings else settings["epochs"]
+        stage = 30 if name == "greedy" else E  # its first; the data add others
+        assert found == int((re.findall(r"-(\d{3})$", name) or [stage])[0]), command
+        assert settings["train_fraction"] == 0.1 and settings["image_size"] == 16
+        if script == "rco.py":
+            teachers |= {f"teacher-{settings['epochs']}": E}
+        alone = settings["epochs"] // (2 if name == "alone-480" else 1)  # the script trains it
+        lengths |= {name: found, f"alone-{alone}": alone}
+        if script in ("letkd.py", "tst.py"):
+            assert f"resnet20-{E}-*/epoch-0{E}.pt" in str(settings["teacher_weights"])
+    lengths |= {"trikd 1": 2 * E, "trikd 2": 3 * E, **teachers}  # with their anchors
+    rows = results.END.rows + sum((rows for rows, _ in results.END.small.values()), [])
+    assert {run for _, run, *_ in rows} == lengths.keys() - {"trikd"}
+    for label, run, kd, *control in results.END.rows:
+        unequal = run in ("alone-480", "eei-480", "greedy", "trikd 2")  # to its control
+        assert kd is None or lengths[kd] == lengths[run], label
+        assert control == [None] or (lengths[control[0]] == lengths[run]) != unequal, label
+    grid = [parsed(line)[1] for line in results.commands("DATA", "x", results.TUNING, results.END)]
+    assert [(one["temperature"], one["epochs"]) for one in grid] == [
+        (tau, E) for tau in (0.5, 1, 2, 4)]
+
+
 def test_statistics():
     """By hand: differences 1, 2, 3: mean 2, sd 1, half width 4.303 / sqrt(3) = 2.48."""
     assert results.spread([1.0, 2.0, 3.0]) == "2.00 ± 1.00" and results.spread([4.0]) == "4.00"
@@ -86,7 +113,9 @@ def test_records_of_every_kind_of_run(run, tmp_path, monkeypatch):
     for script, name, flags in (
             ("rco", "kd", "--method 'kd long' --anchors 1 --epochs 3 --stage-epochs 2"),
             ("switokd", "switokd", "--method 'fixed 0.2'"), ("trikd", "trikd", ""),
-            ("trikd", "mutual", "--method 'mutual learning'"), ("tst", "tst", "--fit-steps 1"),
+            ("trikd", "mutual", "--method 'mutual learning'"),
+            ("trikd", "long", "--method 'student alone long' --generations 1"),
+            ("tst", "tst", "--fit-steps 1"),
             ("letkd", "heads", "--words 8 --per-class 1 --rows 2000 --method 'auxiliary heads'")):
         run(script, place / name, f"{flags} --image-size 8 --cache {place}/cache")
     results.collect(tmp_path)
@@ -103,7 +132,12 @@ def test_records_of_every_kind_of_run(run, tmp_path, monkeypatch):
         "trikd 1": (4, 6 * n, 4 * n, 0, 2 * n, 2 * n, 0),  # A_0 alone, then beside the student
         "trikd 2": (6, 10 * n, 6 * n, 0, 4 * n, 4 * n, 0),
         "mutual": (2, 2 * n, 2 * n, 0, 2 * n, 2 * n, 0),  # no A_0, no anchor
+        "long": (4, 4 * n, 4 * n, 0, 0, 0, 0),
         "tst": (2, 5 * n, 4 * n, n, 5 * n, 0, n)}  # 2 x 2 originals and augmented, one pass
+    times = [share for share, _ in found["switokd"]["by_epoch"]]
+    assert sum(times) / len(times) == pytest.approx(100 * paused, abs=0.1)
+    results.collect(tmp_path, results.END)  # beside the first protocol's, in files of its own
+    assert results.records(results.END) == results.records() == {0: found}
     heads, plain = found["heads"], found["kd"]  # trained with two layers, deployed without
     assert heads["parameters"] == plain["parameters"]
     assert heads["multiply_adds"][0] - plain["multiply_adds"][0] == 2 * 32 * (20 + 8) * 2 * 2
