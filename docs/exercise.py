@@ -1,10 +1,10 @@
 """Make an assignment: a copy of a script in which the bodies of some functions are gone.
 
     python docs/exercise.py rco                       what can be left out, with its equations
-    python docs/exercise.py rco kd_loss next_anchor > my_rco.py
-    python -m pytest --script=my_rco.py               grades my_rco.py by the tests of rco.py
+    python docs/exercise.py rco kd_loss next_anchor -o my_rco.py
+    python -m pytest --script=my_rco.py               grades my_rco.py, function by function
 
-Docstrings and the comments that print an equation stay.
+Docstrings and the comments that print an equation stay. Without -o the copy is printed.
 """
 
 import ast
@@ -14,22 +14,26 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = ("rco", "switokd", "trikd", "letkd", "tst")
+MACHINERY = {"arguments", "record"}  # a function of flags or of a run's files is no exercise
 
 
 def equations(source):
     """{function, or Class.method: (its node, the equations named in it)} of a script's text."""
     lines, found = source.splitlines(), {}
     for owner in (tree := ast.parse(source), *tree.body):
-        if isinstance(owner, (ast.Module, ast.ClassDef)):
-            for node in owner.body:
-                if isinstance(node, ast.FunctionDef):
-                    text = "\n".join(lines[node.lineno - 1:node.end_lineno])
-                    named = re.findall(r"Eqs?\. ((?:\(\w+\)(?:, | to | and )?)+)", text)
-                    numbers = re.findall(r"\((\w+)\)", " ".join(named))
-                    if numbers:
-                        prefix = f"{owner.name}." if isinstance(owner, ast.ClassDef) else ""
-                        found[prefix + node.name] = node, ", ".join(
-                            f"({number})" for number in dict.fromkeys(numbers))
+        if not isinstance(owner, (ast.Module, ast.ClassDef)):
+            continue
+        for node in owner.body:
+            if not isinstance(node, ast.FunctionDef) or (
+                    MACHINERY & {parameter.arg for parameter in node.args.args}):
+                continue
+            text = "\n".join(lines[node.lineno - 1:node.end_lineno])
+            named = re.findall(r"Eqs?\. ((?:\(\w+\)(?:, | to | and )?)+)", text)
+            numbers = re.findall(r"\((\w+)\)", " ".join(named))
+            if numbers:
+                prefix = f"{owner.name}." if isinstance(owner, ast.ClassDef) else ""
+                found[prefix + node.name] = node, ", ".join(
+                    f"({number})" for number in dict.fromkeys(numbers))
     return found
 
 
@@ -50,16 +54,23 @@ def blanked(source, names):
 
 
 def main(script, *names):
-    script = Path(script).stem
+    script, out = Path(script).stem, None
+    if "-o" in names[:-1]:
+        at = names.index("-o")
+        out, names = Path(names[at + 1]), (*names[:at], *names[at + 2:])
     if script not in METHODS:
         sys.exit(f"exercise.py: error: no script {script}.py; there are {', '.join(METHODS)}")
-    source = (ROOT / f"{script}.py").read_text()
+    source = (ROOT / f"{script}.py").read_text(encoding="utf-8")
     found = equations(source)
     unknown = [name for name in names if name not in found]
     if unknown:
         sys.exit(f"exercise.py: error: {script}.py has no {unknown[0]} with an equation; "
                  f"python docs/exercise.py {script} lists them")
-    if names:
+    if out and out.exists():
+        sys.exit(f"exercise.py: error: {out} is there already; nothing is overwritten")
+    if out:
+        out.write_text(blanked(source, names), encoding="utf-8")
+    elif names:
         print(blanked(source, names), end="")
     for name, (node, numbers) in found.items() if not names else ():
         print(f"{name:28} {numbers:28} {(ast.get_docstring(node) or '-').splitlines()[0]}")

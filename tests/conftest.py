@@ -30,7 +30,8 @@ torch.set_num_threads(1)  # so that equal means equal to the bit
 
 
 def pytest_addoption(parser):
-    parser.addoption("--script", metavar="FILE", help="grade FILE: run the tests of a script on it")
+    parser.addoption("--script", metavar="FILE", help="grade FILE, function by function")
+    parser.addoption("--grade", metavar="FILE", help="with --script: the grades, as JSON")
 
 
 def pytest_configure(config):
