@@ -18,6 +18,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import sys
 import time
 from collections import Counter
@@ -52,14 +53,19 @@ class InputError(SystemExit):
 
 def run_script(main):
     """Call main(); what is no fault of the code ends as one line: Ctrl-C, a full disk, `| head`."""
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a terminal without ± shows "?"
+    if hasattr(sys.stdout, "reconfigure"):  # a terminal without ± shows "?"
+        sys.stdout.reconfigure(errors="replace", line_buffering=True)
     try:
         main()
     except KeyboardInterrupt:
         sys.exit("\nstopped; the same command goes on after the last closed epoch")
     except (OSError, MemoryError, torch.cuda.OutOfMemoryError) as error:
         sys.exit((str(error) or type(error).__name__).strip().splitlines()[-1])
+
+
+def in_terminal():
+    """sys.stdout can be any object with `write`, as in IDLE or under Jupyter's %run."""
+    return getattr(sys.stdout, "isatty", bool)()
 
 
 # ----------------------------------------------------------------------------------------- 1. flags
@@ -104,6 +110,7 @@ def base_parser(description, methods, files=None, networks=None, datasets=tuple(
     add("--std", type=number(float, 1e-3), nargs=3, help="likewise the standard deviation")
     add("--train-fraction", type=number(float, 1e-6, 1), default=1.0, metavar="F",
         help="share of every class used")
+    add("--no-flip", action="store_true", help="mirror no image: for letters, digits and signs")
     add("--open-set", type=natural, default=0, metavar="K", help="hold out K classes to recognise")
     add("--teacher", nargs=networks, metavar="NAME", help=f"network: {NETWORKS}")
     add("--student", nargs=networks, metavar="NAME", help="likewise")
@@ -132,6 +139,13 @@ def parse(parser, defaults, argv=None):
     arguments = parser.parse_args(argv)
     if (arguments.mean is None) != (arguments.std is None):
         parser.error("--mean and --std go together")
+    files = [path.name for path in getattr(arguments, "teacher_weights", None) or ()]
+    numbered = [([int(digits) for digits in re.findall(r"\d+", name)], name) for name in files]
+    numbered = [one for one in numbered if one[0]]
+    for (first, one), (second, other) in zip(numbered, numbered[1:]):
+        if second < first:
+            parser.error(f"--teacher-weights: {one} stands before {other}; early states first (a * "
+                         "sorts numbers as text)")
     arguments.device = torch.device(arguments.device)
     for name in np.hstack([arguments.teacher, arguments.student]).tolist():
         with torch.device("meta"):
@@ -146,6 +160,7 @@ CHANNEL_STATISTICS = {  # mean, standard deviation of training pixels in [0,1]; 
     "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
     "fashionmnist": ((0.2860,) * 3, (0.3530,) * 3),
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))}
+FASHION = "a0dd82600d74"  # digest of Fashion-MNIST: torchvision compares only its archives
 SHAPES_TRAIN, SHAPES_TEST = 2500, 2000  # images of the embedded set
 OUTLINES = ("disc", "ellipse", "triangle", "square", "bar", "pentagon", "cross", "flower",
             "trefoil", "cardioid")
@@ -159,6 +174,7 @@ class Split:
     labels: torch.Tensor
     mean: torch.Tensor
     std: torch.Tensor
+    mirrored: bool = True  # by `augmented`
 
     def __len__(self):
         return len(self.labels)
@@ -178,7 +194,7 @@ class Split:
         size, device = len(self), self.labels.device
         order = torch.randperm(size, generator=generator)
         top, left = torch.randint(0, 9, (2, size), generator=generator)  # offsets 0..8
-        flip = torch.randint(0, 2, (size,), generator=generator).bool()
+        flip = torch.randint(0, 2, (size,), generator=generator).bool() & self.mirrored
         cuts = [*range(batch_size, size - 1, batch_size)]  # so that no batch has a single image
         draws = (draw.to(device).tensor_split(cuts) for draw in (order, top, left, flip))
         for chosen, *offsets in zip(*draws):
@@ -205,14 +221,15 @@ def crop_and_flip(images, top, left, flip):
 @dataclass
 class Streamed(Split):
     """ImageNet, read from disk: `images` (N,) are places in `folder.samples`."""
-    folder: datasets.ImageFolder  # see Pictures
-    size: int
-    workers: int
+    folder: datasets.ImageFolder = None  # see Pictures
+    size: int = 224
+    workers: int = 8
 
     def batches(self, batch_size=100, generator=None):
         """As Split.batches; with a generator shuffled, cropped at random and flipped."""
-        crop = [v2.RandomResizedCrop(self.size), v2.RandomHorizontalFlip()] if generator else [
-            v2.Resize(self.size * 256 // 224), v2.CenterCrop(self.size)]
+        crop = [v2.Resize(self.size * 256 // 224), v2.CenterCrop(self.size)]
+        if generator:
+            crop = [v2.RandomResizedCrop(self.size), v2.RandomHorizontalFlip(self.mirrored / 2)]
         folder, device, places = copy.copy(self.folder), self.mean.device, self.images.cpu()
         folder.transform = v2.Compose([
             v2.ToImage(), *crop, v2.ToDtype(torch.float32, scale=True),
@@ -340,7 +357,8 @@ def load_data(arguments, validation=0.0):
                  for given, value in zip((arguments.mean, arguments.std), usual))
     kind, own = (Streamed, (folder, size, arguments.workers)) if name == "imagenet" else (Split, ())
     parts = [kind(*(value.contiguous().to(arguments.device) for value in (
-        images[mask], labels[mask], mean, std)), *own) for mask in (train, held, test, unseen)]
+        images[mask], labels[mask], mean, std)), not arguments.no_flip, *own)
+        for mask in (train, held, test, unseen)]
     print(f"{name}: {train.sum()} training, {held.sum()} held-out, {test.sum()} test images of "
           f"{size}x{size}, {classes} classes; seed {arguments.seed}, {arguments.device}")
     return data_of(name, parts[:4 if arguments.open_set else 3], names[:classes], size)
@@ -351,13 +369,17 @@ def data_of(name, parts, names, size, build=None):
     select nothing; `unseen`, of --open-set, or None; `facts`, all that a loaded student needs."""
     train, validation, test, unseen = [*parts, None][:4]
     mean, std = (value.flatten().tolist() for value in (train.mean, train.std))
+    print("  in training: " + ("a random part of each image" if name == "imagenet" else
+                               "4 black pixels around each image, a random crop")
+          + (", a random flip (--no-flip: none)" if train.mirrored else ", no flip"))
     return argparse.Namespace(
         name=name, train=train, validation=validation, test=test, unseen=unseen, image_size=size,
         mean=mean, std=std, classes=len(names), names=names,
         build=lambda name, seed=0: (build or build_model)(name, len(names), size, seed),
         facts={"classes": names, "image_size": size, "mean": mean, "std": std,
-               "fingerprint": {kind: part.fingerprint() for kind, part in zip(
-                   ("train", "validation", "test", "unseen"), parts) if part}})
+               "mirrored": train.mirrored, "fingerprint": {
+                   kind: part.fingerprint() for kind, part in zip(
+                       ("train", "validation", "test", "unseen"), parts) if part}})
 
 
 def read_set(name, folder, size, validation=0.0):
@@ -379,6 +401,9 @@ def read_set(name, folder, size, validation=0.0):
             if any(len(one.data) != len(one.targets) or max(one.targets) >= len(one.classes)
                    for one in both):
                 raise ValueError("images and labels do not belong together")
+            if name == "fashionmnist" and digest(*(
+                    value.numpy() for one in both for value in (one.data, one.targets))) != FASHION:
+                raise ValueError("its files hold other images, as MNIST's of the same names")
         except Exception as error:  # urllib, sockets, sums, gzip: each has its own
             raise InputError(f"{name} is damaged or missing in --data {folder}, and was not "
                              f"downloaded ({error})") from None
@@ -414,7 +439,8 @@ class Pictures(datasets.ImageFolder):
 
     def __init__(self, root, **flags):
         super().__init__(root, is_valid_file=lambda path: path.lower().endswith(
-            (*datasets.folder.IMG_EXTENSIONS, ".gif")) and not self.hidden(path, root), **flags)
+            (*datasets.folder.IMG_EXTENSIONS, ".gif")) and not self.hidden(path, root),
+                         allow_empty=True, **flags)  # `load_data` names an empty class
 
     @staticmethod
     def hidden(path, root):
@@ -434,6 +460,8 @@ def read_folder(folder, name, size):
     held = next((folder / part for part in order if (folder / part).is_dir()), None)
     root = folder / "train" if held else folder
     names, _ = Pictures.find_classes(root)
+    if held and any((held / "images" / one).is_dir() for one in names):
+        held = held / "images"  # Tiny-ImageNet's val, sorted into classes
     below = {one: Pictures.find_classes(root / one)[0] for one in names}
     alike = len(below) > 1 and len(below[names[0]]) > 1 and len({*map(tuple, below.values())}) == 1
     if len(names) < 2 or not held and (alike or below.get("train") or look_like_parts(names)
@@ -442,12 +470,13 @@ def read_folder(folder, name, size):
                          "train/CLASS/* with DIR/test/CLASS/* or DIR/val/CLASS/*, or DIR/CLASS/*")
     train = Pictures(root, loader=partial(open_picture, plain=name == "imagenet"))
     samples, count = train.samples, len(train)
-    if held and (held / "val_annotations.txt").exists():  # Tiny-ImageNet's
+    of_test = {*Pictures.find_classes(held)[0]} if held else {*names}
+    if held and not of_test & {*names} and (held / "val_annotations.txt").exists():
         lines = [line.split() for line in (held / "val_annotations.txt").read_text().splitlines()]
         samples += [(str(held / "images" / line[0]), train.class_to_idx[line[1]])
                     for line in lines if {*names} & {*line[1:2]}]  # others count as left out
     elif held:
-        if odd := {*names} ^ {*Pictures.find_classes(held)[0]}:
+        if odd := {*names} ^ of_test:
             raise InputError(f"--data: class {min(odd)} is not in both train/ and {held.name}/")
         samples += Pictures(held).samples
     images, labels = torch.arange(len(samples)), torch.tensor([label for _, label in samples])
@@ -461,9 +490,19 @@ def read_folder(folder, name, size):
             print(f"{name}: left out {left.total()} files, {dict(left)}")
         train.transform = lambda image: np.asarray(image.resize((size, size), Image.BILINEAR))
         with ThreadPoolExecutor(os.cpu_count()) as pool:  # PIL decodes beside Python
-            images = np.stack([image for image, _ in pool.map(train.__getitem__, images.tolist())])
-        images = torch.from_numpy(images).movedim(3, 1)  # (N,3,S,S)
+            images = [*pool.map(partial(sound, train), images.tolist())]
+        if broken := [str(image) for image in images if isinstance(image, OSError)]:
+            raise InputError(f"{len(broken)} of {len(images)} pictures: {'; '.join(broken[:5])}")
+        images = torch.from_numpy(np.stack(images)).movedim(3, 1)  # (N,3,S,S)
     return images, labels, torch.arange(len(samples)) >= count, names, train
+
+
+def sound(folder, place):
+    """The picture at a place of a `Pictures`, or the OSError that says why there is none."""
+    try:
+        return folder[place][0]
+    except OSError as error:
+        return error
 
 
 def open_picture(path, plain=False):
@@ -656,9 +695,12 @@ def load_weights(network, path):
                     for part in (state, own))
     if theirs.keys() != ours.keys() and [*theirs.values()] == [*ours.values()]:
         state, theirs = dict(zip(ours, (state[name] for name in theirs))), ours
-    if odd := theirs.items() ^ ours.items():
+    if theirs.items() ^ ours.items():
+        pairs = [(name, name if name in ours else other) for name, other in zip(theirs, ours)]
+        unlike = [f"; first, {name} {theirs[name][1:]} is not {other} {ours[other][1:]}"
+                  for name, other in pairs if theirs[name] != ours[other]]
         raise InputError(f"{path} does not hold the weights of this network: it has {len(theirs)} "
-                         f"tensors, expected are {len(ours)}; {min(odd)} is not in both")
+                         f"tensors, expected are {len(ours)}{[*unlike, ''][0]}")
     if not all(value.isfinite().all() for value in state.values()):
         raise InputError(f"{path} holds weights that are not finite")
     network.load_state_dict({name: state.get(name, value) for name, value in own.items()})
@@ -718,26 +760,28 @@ def embeddings(network, split, arguments, forward=None):
 
 
 def verification_pairs(labels, seed=0, most=3000):
-    """(P,2) places of images, (P,) of one class or not: `most` of each, or as many tens as there
-    are. Same: a class, two of its images; different: two classes, an image of each; none twice."""
-    generator, labels = torch.Generator().manual_seed(seed), labels.cpu()
-    groups = [(labels == label).nonzero().flatten().tolist() for label in labels.unique()]
-    several = [group for group in groups if len(group) > 1]
-    alike = sum(math.comb(len(group), 2) for group in groups)
-    count = min(most, alike, math.comb(len(labels), 2) - alike) // 10 * 10
+    """(P,2) places of images, (P,) of one class or not: `most` of each, or as many tens as 100,000
+    draws find. Same: a class, two of its images; different: two classes, an image of each; none
+    twice."""
+    labels, n = labels.cpu(), 100_000
+    _, sizes = labels.unique(return_counts=True)  # (C,)
+    C, several = len(sizes), (sizes > 1).nonzero().flatten()
+    u = torch.rand(4, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    pairs, places, starts = [], labels.argsort(stable=True), sizes.cumsum(0) - sizes
+    for same in (True, False) if C > 1 and len(several) else ():
+        c = several[(u[0] * len(several)).long()] if same else (u[0] * C).long()  # (n,)
+        d = c if same else (c + 1 + (u[1] * (C - 1)).long()) % C
+        i = (u[2] * sizes[c]).long()
+        j = (i + 1 + (u[3] * (sizes[c] - 1)).long()) % sizes[c] if same else (
+            u[3] * sizes[d]).long()
+        drawn = places[torch.stack([starts[c] + i, starts[d] + j], 1)].sort(1).values.numpy()
+        _, first = np.unique(drawn, axis=0, return_index=True)
+        pairs.append(torch.from_numpy(drawn[np.sort(first)]))  # in the order of the draws
+    count = min(most, *map(len, pairs or [()])) // 10 * 10
     if count == 0:
-        raise InputError(f"--open-set: {len(labels)} images of {len(groups)} unseen classes give "
-                         "fewer than 10 pairs of a kind; keep out more classes")
-
-    def draw(items, n=1):
-        return [items[place] for place in torch.randperm(len(items), generator=generator)[:n]]
-
-    same, different = {}, {}
-    while len(same) < count:
-        same[tuple(sorted(draw(*draw(several), 2)))] = None
-    while len(different) < count:
-        different[tuple(sorted(draw(group)[0] for group in draw(groups, 2)))] = None
-    return torch.tensor([*same, *different]), torch.arange(2 * count) < count
+        raise InputError(f"--open-set: {len(labels)} images of {C} unseen classes give fewer than "
+                         "10 pairs of a kind; keep out more classes")
+    return torch.cat([kind[:count] for kind in pairs]), torch.arange(2 * count) < count
 
 
 def open_set_report(vectors, labels, seed=0):
@@ -783,11 +827,17 @@ def open_set_rows(data, arguments):
             {"run": "untrained student", **recognition(untrained, data, arguments)}]
 
 
+def wide(values):
+    """float16 and bfloat16 in float32: there sums overflow, and 1e-8 is 0."""
+    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
+
+
 def same_shape(one, other, names="student's and teacher's logits"):
-    """ValueError if two tensors that a loss compares differ in shape: broadcasting would hide it.
-    """
-    if one.shape != other.shape:
+    """Two tensors that a loss compares, `wide`; ValueError if they are empty, or differ in shape:
+    broadcasting would hide it."""
+    if one.shape != other.shape or not one.numel():
         raise ValueError(f"{names}: {tuple(one.shape)} and {tuple(other.shape)} must be one shape")
+    return wide(one), wide(other)
 
 
 # ------------------------------------------------------------------------------------------ 5. runs
@@ -812,9 +862,9 @@ class Mean:
         self.steps, self.images = self.steps + 1, self.images + B
         if self.steps % 20 == 0:  # not at every step: a GPU has to wait for it
             row = {"step": self.steps, **self.row()}
-            if sys.stdout.isatty():
+            if in_terminal():
                 text = "  ".join(f"{key} {row[key]:.4g}" for key in row if row[key] is not None)
-                print(text[:os.get_terminal_size().columns - 1], end="\033[K\r", flush=True)
+                print(text[:shutil.get_terminal_size().columns - 1], end="\033[K\r")
 
     def row(self):
         """The terms' means over the images that have them, "train" in %, images a second."""
@@ -935,7 +985,7 @@ class Record:
         header = [] if self.columns == [*text] else [[*text]]
         for cells in (*header, text.values()):
             print(" ", *(cell.rjust(max(9, len(name))) for name, cell in zip(text, cells)),
-                  end="\033[K\n" if sys.stdout.isatty() else "\n", flush=True)
+                  end="\033[K\n" if in_terminal() else "\n")
         self.columns = [*text]
         self.write_csv("log", self.rows)
         self.save()
@@ -961,11 +1011,11 @@ class Record:
             save({key: value.cpu() for key, value in state.items()}, self.folder / f"{name}.pt")
         tests = [row["test"] for row in self.rows if row.get("test") is not None]
         self.result = {
-            "script": Path(sys.argv[0]).stem, "command": shlex.join(sys.argv),
+            "script": Path([*sys.argv, ""][0]).stem, "command": shlex.join(sys.argv),
             "commit": self.commit.strip(), "torch": torch.__version__, "arguments": self.settings,
             "threads": torch.get_num_threads(), "last_test": tests[-1], "best_test": max(tests),
             "seconds": sum(row["s"] for row in self.rows), **found, "rows": self.rows}
-        text = json.dumps(self.result, indent=1, default=lambda value: (
+        text = json.dumps(self.result, indent=1, allow_nan=False, default=lambda value: (
             value.item() if hasattr(value, "item") else str(value)))  # torch's and numpy's numbers
         save(text, self.folder / "result.json")
         (self.folder / "checkpoint.pt").unlink(missing_ok=True)
@@ -1113,7 +1163,7 @@ def print_table(tables, formats, title, folder):
     text = f"{title}; seeds: {len(tables)}\n" + "\n".join("  ".join([
         "", name.ljust(widths[0]), *map(str.rjust, cells, widths[1:]), note]).rstrip()
         for name, *cells, note in lines)
-    print(f"\n{text}", flush=True)
+    print(f"\n{text}")
     with open(folder / "table.txt", "a", encoding="utf-8") as file:
         file.write(f"{' '.join(sys.argv)}\n{text}\n\n")
     if any("failed" in row for row in every):

@@ -4,7 +4,8 @@
     python docs/figures.py RUN_FOLDER FILE     one of them, named like FILE, into FILE
 
 RUN_FOLDER is OUT/METHOD-seed-S-HASH. Those of trikd and letkd also need the run's data and cache,
-from the folder that it was started in. What is compared are runs beside it with the same flags.
+from the folder that it was started in; --data, --cache and --teacher-weights say where they lie
+now. What is compared are runs beside it with the same flags.
 """
 
 import argparse
@@ -189,7 +190,7 @@ def switokd(folder, result):
                           linewidth=0, transform=axes.get_xaxis_transform(), color="0.85",
                           label="expert mode")
         lead = [s - t for s, t in zip(of["student_distance"], of["teacher_distance"])]
-        delta = of["threshold"] if fixed in (None, math.inf) else [fixed] * len(when)
+        delta = of["threshold"] if fixed in (None, 3) else [fixed] * len(when)
         for name, values in (("gap G", of["gap"]), ("threshold", delta), ("s - t", lead)):
             axes.plot(when, values, linewidth=0.8, label=name)
         axes.set(xlabel="epoch", title="Gap and threshold" + label)
@@ -338,11 +339,18 @@ def tst(folder, result):
     return {**pictures, "operations.png": figure}
 
 
-def main(folder, file=None):
+def main(folder, file=None, *places):
+    if str(file or "").startswith("--"):
+        file, places = None, (file, *places)
+    if not (Path(folder) / "result.json").exists():
+        sys.exit(f"figures.py: error: no result.json in {folder}; give OUT/METHOD-seed-S-HASH")
     pyplot.switch_backend("Agg")
     result = json.loads((Path(folder) / "result.json").read_text())
-    script = re.match("[a-z]+", result["script"])  # of tst_segmentation, edited copies: the first
-    pictures = globals()[script[0]](Path(folder), result)
+    result["command"] += f" {shlex.join(places)}"  # of a flag the last value counts
+    script = re.search("rco|switokd|trikd|letkd|tst", result["script"])  # also of my_rco.py
+    pictures = globals()[script[0]](Path(folder), result) if script else {}
+    if not pictures:
+        print(f"nothing to draw of a run of {result['script']}.py, {result['arguments']['method']}")
     if file and Path(file).name not in pictures:
         sys.exit(f"figures.py: error: no {Path(file).name} in this run, only: {[*pictures]}")
     for name, figure in pictures.items():
@@ -354,8 +362,6 @@ def main(folder, file=None):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) not in (2, 3):
+    if len(sys.argv) < 2:
         sys.exit(__doc__)
-    if not (Path(sys.argv[1]) / "result.json").exists():
-        sys.exit(f"figures.py: error: no result.json in {sys.argv[1]}; give OUT/METHOD-seed-S-HASH")
     main(*sys.argv[1:])

@@ -127,7 +127,7 @@ def shapes_data(validation=0.0, **flags):
     return common.load_data(Namespace(**{
         "dataset": "shapes", "data": None, "image_size": None, "train_fraction": 1.0, "open_set": 0,
         "mean": None, "std": None, "workers": 1, "seed": 0, "batch_size": 50,
-        "device": torch.device("cpu"), **flags}), validation)
+        "device": torch.device("cpu"), "no_flip": False, **flags}), validation)
 
 
 def load(name, folder, validation=0.0, **flags):

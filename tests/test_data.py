@@ -100,11 +100,24 @@ def write_fashion(folder, part, images, labels):
         f"{part}-labels-idx1-ubyte": idx(labels, len(labels))})
 
 
+@pytest.fixture
+def any_fashion(monkeypatch):
+    """Whatever is written counts as Fashion-MNIST."""
+    monkeypatch.setattr(common, "FASHION", type("All", (), {"__ne__": lambda *_: False})())
+
+
 def fashion_labels(count):
     return [min(index % 16, 9) for index in range(count)]  # class 9 is seven times as large
 
 
-def test_fashionmnist_and_the_shares_of_its_classes(tmp_path, capsys):
+def test_files_of_the_same_names_are_not_taken_for_fashionmnist(tmp_path):
+    for part in ("train", "t10k"):
+        write_fashion(tmp_path, part, pixels(20, 28, 28), fashion_labels(20))
+    with pytest.raises(common.InputError, match="its files hold other images, as MNIST's"):
+        load("fashionmnist", tmp_path)
+
+
+def test_fashionmnist_and_the_shares_of_its_classes(tmp_path, capsys, any_fashion):
     """As written; --train-fraction and the held-out images take their share of every class."""
     for part, count in (("train", 260), ("t10k", 32)):
         write_fashion(tmp_path, part, pixels(count, 28, 28), fashion_labels(count))
@@ -257,6 +270,7 @@ class Program:
         return os.mkdir, ("made",)
 
 
+@pytest.mark.usefixtures("any_fashion")
 @pytest.mark.parametrize("name, path, content", [
     ("cifar10", "*/data_batch_3", pickle.dumps(Program())),
     ("cifar10", "*/batches.meta", pickle.dumps(Program())),

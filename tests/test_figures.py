@@ -1,11 +1,12 @@
 """docs/figures.py: the pictures of runs of all five scripts, from their records, on the CPU."""
 
+import json
 import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, common, folder_of, forbidden, log, result_of
+from conftest import ROOT, common, folder_of, forbidden, log, pixels, result_of, tree
 
 pyplot = pytest.importorskip("matplotlib.pyplot")
 sys.path.insert(0, str(ROOT / "docs"))
@@ -34,7 +35,7 @@ def on_another_device(folder):
         path.write_text(text.replace('"device": "cpu"', '"device": "cuda"'))
 
 
-def test_rco(run, tmp_path):
+def test_rco(run, tmp_path, capsys):
     run("rco", tmp_path, "--epochs 3 --anchors 3 --image-size 8")
     folder = folder_of(tmp_path, "eei")
     result, found = result_of(folder), drawn(folder, "hardness.png", "gap.png")
@@ -43,10 +44,33 @@ def test_rco(run, tmp_path):
     assert lines(found["gap.png"]) == {
         "teacher": [test for _, test in result["teacher_test"]],
         "student": [row["test"] for row in result["rows"]]}  # stages of one epoch
+    result["script"] = "my_rco"
+    (folder / "result.json").write_text(json.dumps(result))
     figures.main(folder, tmp_path / "gap.png")
     assert [*tmp_path.glob("*.png")] == [tmp_path / "gap.png"]
     with pytest.raises(SystemExit, match="no other.png in this run"):
         figures.main(folder, "other.png")
+    capsys.readouterr()
+    result["script"] = "another"
+    (folder / "result.json").write_text(json.dumps(result))
+    assert figures.main(folder) == {}
+    assert capsys.readouterr().out == "nothing to draw of a run of another.py, eei\n"
+    with pytest.raises(SystemExit, match="no result.json in nowhere"):
+        figures.main("nowhere")
+
+
+def test_data_and_cache_that_have_moved(run, tmp_path):
+    cache, data = tmp_path / "cache", tree(tmp_path / "data", {
+        f"{part}/{name}/{n}.png": pixels(8, 8, 3, seed=n) for part in ("train", "test")
+        for name in ("ant", "bee") for n in range(6)})
+    run("trikd", tmp_path / "out", f"--dataset folder --data {data} --image-size 8 --epochs 1 "
+        f"--generations 1 --batch-size 4 --cache {cache}")
+    moved = data.rename(tmp_path / "elsewhere"), cache.rename(tmp_path / "kept")
+    with pytest.raises(OSError, match="No such file"):
+        figures.main(folder_of(tmp_path / "out", "TriKD"))
+    found = figures.main(folder_of(tmp_path / "out", "TriKD"), "--data", str(moved[0]), "--cache",
+                         str(moved[1]))
+    assert {*found} == {"generations.png", "functions.png"}
 
 
 @pytest.mark.parametrize("flags, name, pairs", [

@@ -19,7 +19,11 @@ from PIL import Image
 from torch import nn
 
 import common
+import letkd
 import rco
+import switokd
+import trikd
+import tst
 
 CPU, RGB = torch.device("cpu"), pixels(16, 16, 3)
 GREY = np.asarray(Image.fromarray(RGB).convert("L"))
@@ -35,6 +39,8 @@ GREY = np.asarray(Image.fromarray(RGB).convert("L"))
     ("letkd", "--train-fraction 0", "0 does not lie from 1e-06 to 1"),
     ("letkd", "--epoch 2", "unrecognized arguments: --epoch 2"),  # no flag is shortened
     ("letkd", "--teacher-weights a.pt b.pt", "unrecognized arguments: b.pt"),
+    ("rco", "--teacher-weights a_120.pt a_30.pt a_60.pt --epochs 120", "a_120.pt stands "
+     "before a_30.pt; early states first"),
     ("trikd", "--method none", "argument --method: invalid choice: 'none'")])
 def test_bad_flags_are_one_line(script, flags, says, capsys):
     assert says in refused(script, flags, capsys)
@@ -45,6 +51,51 @@ def test_bad_flags_are_one_line(script, flags, says, capsys):
 def test_a_network_that_there_is_not(flag, name):
     with pytest.raises(common.InputError, match=f"^no network is called '{name}'.*resnet8x4"):
         rco.parse_args([flag, name])
+
+
+def test_files_of_the_route_whose_numbers_say_nothing_against_their_order():
+    for files in ("a_9.pt a_10.pt", "best.pt a.pt", "a_1_seed3.pt a_2_seed3.pt final.pt"):
+        rco.parse_args(f"--device cpu --epochs 12 --teacher-weights {files}".split())
+
+
+# ---------------------------------------------------------------------------- what losses are given
+def losses():
+    """name -> (a loss of (learner, constant), its shape)."""
+    y = torch.tensor([0, 2, 1, 3, 4, 4])
+    three = trikd.Weights(1, 1, 1)
+    return {
+        "rco.softened_kl": lambda s, t: rco.softened_kl(s, t, 4.0),
+        "rco.kd_loss": lambda s, t: rco.kd_loss(s, t, y)[0],
+        "rco.hint_loss": rco.hint_loss, "rco.mimic_loss": rco.mimic_loss,
+        "switokd.distillation_gap": switokd.distillation_gap,
+        "switokd.kl_to": lambda s, t: switokd.kl_to(t, s),
+        "switokd.online_loss": lambda s, t: switokd.online_loss(s, [t], y),
+        "trikd.kl_to": lambda s, t: trikd.kl_to(t, s),
+        "trikd.triplet_loss": lambda s, t: trikd.triplet_loss(s, t, t, y, three)[0],
+        "letkd.kd_loss": letkd.kd_loss,
+        "letkd.template_loss": lambda s, t: letkd.template_loss(
+            s[..., None, None], common.wide(t).softmax(1)[..., None, None]),
+        "tst.distillation_loss": lambda s, t: tst.distillation_loss(s, t, y)[0],
+        "tst.augmentation_loss": lambda s, t: tst.augmentation_loss(t, s, y)[0]}
+
+
+@pytest.mark.parametrize("name", losses())
+def test_a_loss_takes_any_float_and_no_shape_but_its_own(name):
+    """float16, bfloat16: as of the same numbers in float32, also where squares of 300 are summed or
+    the student is sure; an empty batch, and what broadcasting would hide, is a ValueError."""
+    loss = losses()[name]
+    s, t = torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(0)).mul(8)
+    s[0], s[1, 2] = torch.tensor([40.0, 0, 0, 0, 0]), 300.0
+    for kind in (torch.float16, torch.bfloat16, torch.float64):
+        one, other = s.to(kind), t.to(kind)
+        found, wide = loss(one, other), loss(one.double(), other.double())
+        assert found.dtype == (kind if kind == torch.float64 else torch.float32)
+        torch.testing.assert_close(found.double(), wide, rtol=2e-5, atol=1e-6)
+    columns = loss(s.T.contiguous().T, torch.cat([t, t], 1)[:, :5])  # not contiguous
+    torch.testing.assert_close(columns, loss(s, t))
+    for shapes in (((6, 5), (6, 1)), ((6, 5), (1, 5)), ((1, 5), (6, 5)), ((0, 5), (0, 5))):
+        with pytest.raises(ValueError):
+            loss(*map(torch.zeros, shapes))
 
 
 # ------------------------------------------------------------------------------- teachers' files
@@ -118,8 +169,11 @@ DAMAGED = "is damaged or holds more than a dict of tensors"
     (lambda s: {k: v.to(torch.int8) for k, v in s.items()}, "it has 0 tensors"),
     (lambda s: {k: v * float("nan") for k, v in s.items()}, "weights that are not finite"),
     (lambda s: renamed(s, swapped), "does not hold the weights of this network"),
-    (lambda s: without(s, "head"), "has 45 tensors, expected are 47; ('head.bias', ('bias', 20))"),
-    (lambda s: common.build_model("resnet8", 10).state_dict(), "('head.bias', ('bias', 10))"),
+    (lambda s: without(s, "head"), "it has 45 tensors, expected are 47"),
+    (lambda s: common.build_model("resnet8", 10).state_dict(), "expected are 47; first, "
+     "head.weight (10, 64) is not head.weight (20, 64)"),
+    (lambda s: renamed(common.build_model("resnet8", 10).state_dict(), "x.{}".format), "are 47; "
+     "first, x.head.weight (10, 64) is not head.weight (20, 64)"),
     (lambda s: common.build_model("resnet14", 20).state_dict(), "it has 77 tensors")])
 def test_a_file_that_is_no_teacher_is_one_line_and_kept(content, says, teacher, tmp_path):
     content, path = content(teacher.state_dict()), tmp_path / "t.pt"
@@ -179,8 +233,10 @@ LAYOUT = "no classes .*; the layout is DIR/train/CLASS"
     (split("bottle/train", "bottle/test", "cable/train"), LAYOUT),
     (split("train", "test", classes=["ant"]), LAYOUT),
     ({**split("train"), **split("test", classes=("ant", "cat"))}, "class bee is not in both"),
-    ({**GOOD, "train/cat/x.txt": b"x", "test/cat/x.png": RGB}, "no valid file for the classes cat"),
-    ({**GOOD, "train/ant/2.png": b"no picture"}, "ant/2.png cannot be used: cannot identify"),
+    ({**GOOD, "train/cat/x.txt": b"x", "test/cat/x.png": RGB}, "class cat has no image left"),
+    ({**GOOD, "train/ant/2.png": b"no picture"}, "1 of 9 pictures: .*ant/2.png cannot be used"),
+    ({**GOOD, **{f"train/bee/{n}.jpg": b"x" for n in range(2, 9)}},
+     "7 of 15 pictures: .*2.jpg .*3.jpg .*4.jpg .*5.jpg .*6.jpg((?!7.jpg).)*$"),
     ({**GOOD, "train/ant/2.tif": np.ones((16, 16), np.float32)}, "2.tif .* more than 8 bits"),
     ({**GOOD, "train/cat": "ant", "test/cat": "ant"}, "links give a picture more than once"),
     ({"ant/0.png": RGB, "ant/1.png": RGB, "ant/2.png": RGB, "bee/0.png": RGB},
@@ -189,6 +245,33 @@ def test_folders_that_are_refused_in_one_line(files, says, tmp_path):
     with pytest.raises(SystemExit, match=says) as stop:
         common.run_script(lambda: load("folder", tree(tmp_path, files)))
     assert "\n" not in stop.value.code
+
+
+@pytest.mark.parametrize("val, more", [
+    ("val/{}/{}.png", {}), ("val/images/{}/{}.png", {}), ("val/{}/images/{}.png", {}),
+    ("val/{}/{}.png", {"val/val_annotations.txt": b"0.png\tant\n"}),
+    ("val/images/{}/{}.png", {"val/val_annotations.txt": b"0.png\tant\n\n"}),
+    ("val/images/{}{}.png", {"val/val_annotations.txt": b"ant0.png\tant\t1\nbee0.png\tbee\n\n"})])
+def test_tiny_imagenet_as_the_usual_scripts_leave_it(val, more, tmp_path):
+    """val/ as it comes, or sorted into classes: then these count, whatever else was left."""
+    pictures = {val.format(name, 0): RGB for name in ("ant", "bee")}
+    data = load("tinyimagenet", tree(tmp_path, {**split("train"), **pictures, **more}))
+    assert data.test.labels.tolist() == [0, 1] and len(data.train) == 4
+
+
+@pytest.mark.parametrize("no_flip", [False, True])
+def test_classes_that_are_mirror_images(no_flip, tmp_path, capsys):
+    """--no-flip keeps them apart; what changes the pixels is printed."""
+    bright = np.zeros((16, 16, 3), np.uint8)
+    bright[:, :8] = 255
+    data = load("folder", tree(tmp_path, {
+        f"{part}/{name}/{n}.png": picture for part in ("train", "test") for n in range(20)
+        for name, picture in (("left", bright), ("right", bright[:, ::-1]))}), no_flip=no_flip)
+    images, labels = next(data.train.augmented(40, torch.Generator().manual_seed(0)))
+    left = images[..., :8].mean((1, 2, 3)) > images[..., -8:].mean((1, 2, 3))
+    assert ((labels == 0) == left).all() == no_flip
+    said = "a random crop, no flip" if no_flip else "a random flip (--no-flip: none)"
+    assert said in capsys.readouterr().out
 
 
 def see_through(mode="RGBA"):
@@ -256,6 +339,23 @@ def test_faults_are_one_line(error, says):
     assert stop.value.code == says  # a text: Python prints it alone, and exits with code 1
 
 
+class Written(list):
+    """All that print needs."""
+    write = list.append
+
+
+@pytest.mark.parametrize("output", [Written(), None])
+def test_output_may_go_to_any_object_with_write(output, run, tmp_path, monkeypatch):
+    """As in IDLE, under Jupyter's %run, in a logger, or, None, in pythonw."""
+    monkeypatch.setattr(sys, "stdout", output)
+    monkeypatch.setattr(sys, "argv", "rco.py --device cpu --method kd --epochs 2 --teacher resnet8 "
+                        f"--image-size 8 --out {tmp_path} --cache {run.cache}".split())
+    monkeypatch.setattr(common, "SHAPES_TRAIN", 1300)  # more than 20 steps
+    common.run_script(rco.main)
+    assert output is None or "last-epoch test accuracy" in "".join(output)
+    assert "kd" in (tmp_path / "table.txt").read_text()
+
+
 IMPORTED = """
 import os, random, signal, sys, warnings
 import numpy, torch, torchvision
@@ -263,17 +363,20 @@ def world():
     return (sys.excepthook, signal.getsignal(signal.SIGINT), sys.stdout.errors, dict(os.environ),
             torch.get_rng_state().tolist(), random.getstate(), str(numpy.random.get_state()),
             torch.get_num_threads(), torch.get_default_dtype(), [*warnings.filters])
+sys.argv[:] = []
 before = world()
-import common
+import common, letkd, rco, switokd, trikd, tst
+import tst_segmentation
 assert world() == before and sys.excepthook is sys.__excepthook__
 common.run_script(lambda: (print("1 ± 0"), os.kill(os.getpid(), signal.SIGINT)))
 """
 
 
-def test_importing_changes_nothing_and_ctrl_c_is_one_line():
+def test_importing_changes_nothing_and_ctrl_c_is_one_line(tmp_path):
     """A terminal without ± shows "?"."""
-    done = subprocess.run([sys.executable, "-c", IMPORTED], cwd=ROOT, capture_output=True,
-                          text=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    done = subprocess.run([sys.executable, "-c", IMPORTED], cwd=tmp_path, capture_output=True,
+                          text=True, env={**os.environ, "PYTHONIOENCODING": "ascii",
+                                          "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'docs'}"})
     assert (done.returncode, done.stdout) == (1, "1 ? 0\n")
     assert done.stderr == "\nstopped; the same command goes on after the last closed epoch\n"
 

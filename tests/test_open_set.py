@@ -1,5 +1,6 @@
 """Recognition of unseen classes, eqs. (9) to (11), against plain loops."""
 
+import time
 from argparse import Namespace
 from functools import partial
 
@@ -79,6 +80,13 @@ def test_pairs_are_balanced_distinct_and_repeatable(classes, images, each):
     assert torch.bincount(2 * fold + same).tolist() == [each // 10] * 20
     again, other = common.verification_pairs(labels, seed=5), common.verification_pairs(labels, 6)
     assert all(map(torch.equal, again, (pairs, same))) and not torch.equal(other[0], pairs)
+
+
+def test_one_large_class_among_many_small_ones_takes_no_time():
+    labels, start = torch.tensor([0] * 5000 + [*range(1, 301)] * 2), time.time()
+    pairs, same = common.verification_pairs(labels)
+    assert time.time() - start < 5 and len(pairs) == 2 * same.sum() > 1000
+    assert len({*map(tuple, pairs.tolist())}) == len(pairs)
 
 
 def test_classes_are_drawn_alike_whatever_their_size_and_too_few_images_are_refused():

@@ -1,5 +1,6 @@
 """docs/tst_segmentation.py: what moves must move together; unknown pixels; files; runs."""
 
+import io
 import itertools
 import sys
 from argparse import Namespace
@@ -173,6 +174,86 @@ def test_voc_and_cityscapes(tmp_path):
     assert next(data.test.batches())[1][0, 0].tolist() == [0] * 4 + [13] * 2 + [U] * 2
     with pytest.raises(common.InputError, match="--open-set: a scene has all classes"):
         script.load_scenes(settings_of("--open-set 2"))
+
+
+def voc(folder, masks, picture=None):
+    """A VOC 2012 tree of these masks, {name: image}; the last is the test part."""
+    *train, test = masks
+    picture = picture or Image.new("RGB", (8, 8))
+    return tree(folder / "VOCdevkit/VOC2012", {
+        "ImageSets/Segmentation/train.txt": "\n".join(train).encode(),
+        "ImageSets/Segmentation/val.txt": test.encode(),
+        **{f"JPEGImages/{name}.jpg": picture for name in masks},
+        **{f"SegmentationClass/{name}.png": mask for name, mask in masks.items()}})
+
+
+def of(values, mode="L"):
+    """A mask of 8x8 pixels, its columns."""
+    return Image.fromarray(np.tile(np.uint8(values), (8, 1))).convert(mode)
+
+
+COLUMNS = [0, 0, 15, 15, 20, 20, 255, 255]
+
+
+def test_masks_of_colours_and_the_places_of_voc(tmp_path, capsys):
+    """VOC's colours are its numbers; the folder, VOCdevkit or VOC2012 in it; the unknown share."""
+    colours = of(COLUMNS)
+    colours.putpalette([int(part) for colour in script.COLOURS for part in colour])
+    place = voc(tmp_path, {"a": colours.convert("RGB"), "b": of(COLUMNS), "c": of(COLUMNS)})
+    assert script.COLOURS[[0, 1, 15, 20, 255]].tolist() == [  # of the development kit
+        [0, 0, 0], [128, 0, 0], [192, 128, 128], [0, 64, 128], [224, 224, 192]]
+    for folder in (tmp_path, place.parent, place):
+        data = script.load_scenes(settings_of(f"--data {folder} --image-size 8 --dataset voc"))
+        assert data.train.images[0, 3].unique().tolist() == [0, 1, 16, 21]
+        assert torch.equal(*data.train.images)
+    assert "the pixels of 21 classes, 25.0 % unknown" in capsys.readouterr().out
+
+
+def turned_picture():
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[274] = 6
+    Image.new("RGB", (8, 8)).save(file, "jpeg", exif=exif)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("mask, picture, says", [
+    (of([0, 255] * 4), None, None), (of([0, 3] * 4, "P"), None, None),
+    (of([0, 100] * 4), None, "a.png has pixels of no class, with the values .*100"),
+    (of([0, 100] * 4, "RGB"), None, "a.png has pixels of no class"),
+    (of([0, 255] * 4, "1"), None, "a.png has mode 1; a mask"),
+    (of([0, 255] * 4, "RGBA"), None, "a.png has mode RGBA"),
+    (of([0, 255] * 4).convert("I;16"), None, "a.png has mode I;16"),
+    (of([0, 1] * 4), Image.new("RGB", (8, 6)), r"a.png is \(8, 8\), its picture \(8, 6\)"),
+    (of([0, 1] * 4), turned_picture(), "or turned by EXIF"),
+    (of([255] * 8), None, "no pixel of the training or of the test images has a label")])
+def test_masks_that_do_not_fit_are_one_line(mask, picture, says, tmp_path):
+    voc(tmp_path, {"a": mask, "b": mask, "c": mask}, picture)
+    flags = settings_of(f"--data {tmp_path} --image-size 8 --dataset voc")
+    if says is None:
+        assert len(script.load_scenes(flags).train) == 2
+    else:
+        with pytest.raises(common.InputError, match=says) as error:
+            script.load_scenes(flags)
+        assert "\n" not in str(error.value) and "download" not in str(error.value)
+
+
+def test_batches_without_a_label_cost_nothing():
+    """Of images, and of x~: no term, no gradient, no division by zero."""
+    data, how = script.load_scenes(settings_of()), settings_of()
+    data.train.images[:, 3] = 0
+    assert [*data.train.augmented(6, generator())] == []
+    student, teacher = data.build("resnet8x0.5"), common.frozen(data.build("resnet8"))
+    images, labels = next(data.test.batches())
+    void, still = torch.full_like(labels, U), torch.optim.SGD(student.parameters(), 0.1)
+    terms, _ = script.train_step(student, teacher, still, images, labels, (images, void), how)
+    assert {*terms} == {"ce", "kl"} and terms["ce"].isfinite()
+    augmenter = augmenter_of("TranslateX")
+    augmenter.encoders[tst.OPERATIONS.index("TranslateX")].b.data[2] = 9  # all of it out of sight
+    before = augmenter.theta_p.clone()
+    theta = torch.optim.SGD([augmenter.theta_p], 1.0)
+    assert script.search_step(augmenter, teacher, teacher, theta, images, labels, generator(),
+                              how) == {}
+    assert torch.equal(augmenter.theta_p, before)
 
 
 def test_a_stopped_run_is_the_algorithm_to_the_bit(run, tmp_path):

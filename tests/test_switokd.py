@@ -193,7 +193,7 @@ def test_threshold_and_mode_by_hand():
         assert switokd.choose_mode(G, delta, s, t) == mode
     for function in (switokd.kl_to, switokd.distillation_gap, switokd.label_distance):
         for other in ((2, 4), (1, 3), (2, 1), (3,)):  # broadcasting would hide it
-            with pytest.raises(ValueError, match=r"\(2, 3\)"):
+            with pytest.raises(ValueError, match="must be one shape"):
                 function(torch.zeros(2, 3), torch.zeros(other, dtype=torch.long))
 
 
@@ -320,7 +320,7 @@ def test_the_rows_of_the_table_and_finished_teachers(finished):
     assert list(found) == ["teacher alone", "student alone", *switokd.METHODS]
     assert list(finished["2t1s"][1]) == ["student alone", "fixed 0.2"]
     assert [changes["fixed"] for changes, _ in switokd.METHODS.values()] == [
-        None, np.inf, *(float(name[6:]) for name in found if name.startswith("fixed")), None]
+        None, 3, *(float(name[6:]) for name in found if name.startswith("fixed")), None]
     for name, values in (("never", ["0.0", "0", "0.0"]), ("kd", ["-", "-", "-"])):
         assert [found[name][key] for key in ("paused", "switches", "expert_run")] == values
     out, found = finished["1t2s"]
