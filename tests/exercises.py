@@ -84,7 +84,8 @@ def trikd_step(m, peer, anchor):
     both = nn.ModuleDict({"student": network(0), **({"teacher": network(1)} if peer else {})})
     both, optimizer = learner(both)
     weights = {"student": m.Weights(0.9, 0.5, 2.0), "teacher": m.Weights(0.8, 0.3, 1.5)}
-    return (both["student"], both["teacher"] if peer else None, network(2) if anchor else None,
+    anchor = common.frozen(network(2)) if anchor else None
+    return (both["student"], both["teacher"] if peer else None, anchor,
             optimizer, images(), y(), {role: weights[role] for role in both}, settings())
 
 
@@ -105,8 +106,10 @@ def decisions(width, classes=5, k=4, L=3):
 
 def of_classes(dtype=torch.float32, width=6):
     """Features (60,D) in four classes, and the labels."""
-    y = torch.arange(60) % 4
-    return z(5, shape=(60, width), dtype=dtype, grad=False)[0] + 0.5 * y[:, None], y
+    y = torch.arange(60).sqrt().long() % 4  # 9, 14, 19 and 18 of a class
+    features = z(5, shape=(60, width), dtype=dtype, grad=False)[0] + 0.5 * y[:, None]
+    features[:, 1] = 0  # a dead channel
+    return features, y
 
 
 def encoder(m, kind, seed=0):
@@ -178,7 +181,7 @@ CASES = {
             tuple(torch.tensor(one, requires_grad=True) for one in (s, t))
             for s, t in ((1.5, 0.4), (0.4, 1.5), (0.0, 0.0))],
         "choose_mode": lambda: [(1.0, 0.5, 1.0, 0.5), (1.0, 0.5, 0.5, 1.0), (0.5, 0.5, 1.0, 0.5),
-                        (0.1, 0.5, 1.0, 0.5), (1.0, 0.5, 1.0, 1.0), (0.0, nan, 0.0, 0.0)],
+                        (0.1, 0.5, 1.0, 0.5), (1.0, 0.5, 1.0, 1.0), (1.0, nan, 1.0, 0.5)],
         "kl_to": lambda: [(*z(0, 1),), *pairs(2.0)],
         "online_loss": lambda: [(*z(0), z(*peers), y(), 2.0) for peers in ((1,), (1, 2), ())]
         + [(*z(0), z(1, dtype=WIDE, shape=(6, 1)), y(), 2.0)],
@@ -209,10 +212,11 @@ CASES = {
         "fit_decisions": lambda: [(*of_classes(), 4, 3, L, seeded()) for L in (2, 60)],
         "decision_targets": lambda: [(*z(0, shape=MAPS, grad=False), y()[:2], *decisions(5)),
                              (*z(0, shape=MAPS, grad=False), y()[:1], *decisions(5))],
-        "template_loss": lambda: [(*z(0, shape=shape, dtype=dtype), z(1, shape=MAPS, dtype=dtype)[0]
-                           .softmax(1).detach().requires_grad_())
-                          for shape, dtype in ((MAPS, torch.float32), (MAPS, WIDE),
-                                               ((2, 1, 3, 4), torch.float32))],
+        "template_loss": lambda: [
+            (*z(0, shape=shape, dtype=dtype), z(1, shape=MAPS, dtype=dtype)[0].mul(sharp)
+             .softmax(1).detach().requires_grad_())  # 300: one-hot, 0 log 0 = 0
+            for shape, dtype, sharp in ((MAPS, torch.float32, 1), (MAPS, torch.float32, 300),
+                                        (MAPS, WIDE, 1), ((2, 1, 3, 4), torch.float32, 1))],
         "train_step": lambda: [letkd_step(m, *how) for how in (
             ("teacher", 0, 12), ("teacher", 20, 12), ("none", 20, 12), ("logits", 0, 0))],
         "CosineConv1x1.forward": lambda: [
@@ -221,7 +225,9 @@ CASES = {
             (m.build_student("resnet8x0.5", 5, 8, 0, 7, alpha).penult.train(train),
              *z(0, shape=(2, 32, 3, 4))) for alpha in (1.0, 0.3) for train in (True, False)]},
     "tst": lambda m: {
-        "relaxed_bernoulli": lambda: [(*z(0, shape=(14,)), 0.5, seeded()), (*z(0), 2.0, seeded())],
+        "relaxed_bernoulli": lambda: [
+            (*z(0, shape=(14,)), 0.5, seeded()), (*z(0), 2.0, seeded()),
+            (torch.zeros(3_000_000), 20.0, seeded())],  # some u are below 1e-6
         "augmentation_loss": lambda: [(*z(0, 1), y()), *pairs(y(), "non_saturating"),
                               (*z(0, 1), y(), "negative_ce"), (*z(0, 1), y(), "no such term")],
         "distillation_loss": lambda: [(*z(0, 1), y()), *pairs(y(), 0.7, 3.0)],

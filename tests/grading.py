@@ -6,6 +6,7 @@ returns, its gradients and what it leaves of its arguments are compared with the
 """
 
 import ast
+import faulthandler
 import functools
 import inspect
 import json
@@ -46,19 +47,25 @@ def script(method, old="", new=""):
 
 
 def defined(node):
-    """The names that a statement at the top of a file defines."""
-    if isinstance(node, (ast.Import, ast.ImportFrom)):
-        return {(alias.asname or alias.name).split(".")[0] for alias in node.names}
+    """The names that a statement at the top of a file, or of a class, defines."""
     if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
         return {node.name}
-    names = [part for target in getattr(node, "targets", ()) for part in ast.walk(target)]
-    return {part.id for part in names if isinstance(part, ast.Name)}
+    if isinstance(node, (ast.Import, ast.ImportFrom)):
+        return {(alias.asname or alias.name).split(".")[0] for alias in node.names}
+    inner = [part for part in ast.iter_child_nodes(node)]  # of `if`, `try` and assignments
+    own = {node.id} if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) else set()
+    return own.union(*map(defined, inner))
+
+
+def named(nodes):
+    return {part.id for node in nodes for part in ast.walk(node) if isinstance(part, ast.Name)}
 
 
 def answered(method, name, tree, file):
     """The method's own script with the function `name` of an answer, whose text is `tree`.
 
-    With it come the imports, functions and constants of the answer that the script has not.
+    With it comes what it uses of the answer and the script has not: imports, helpers, constants;
+    of its class the members that the script's class has not.
     """
     module, body = script(method), tree.body
     *owner, function = name.split(".")
@@ -68,10 +75,17 @@ def answered(method, name, tree, file):
     found = [node for node in body if getattr(node, "name", "") == function]
     if not found:
         raise LookupError(f"there is no {name} in the file")
-    helpers = [node for node in tree.body if defined(node) and not defined(node) & {*vars(module)}]
-    exec(compile(ast.Module([*helpers, found[-1]], []), file, "exec"), vars(module))
+    own, helpers = found[-1:], []
     if owner:
-        setattr(getattr(module, owner[0]), function, vars(module).pop(function))
+        there = {*dir(getattr(module, owner[0]))}
+        own = [node for node in body if defined(node) - there] + own
+    for _ in tree.body:  # helpers of helpers
+        wanted = named([*own, *helpers]) - {*vars(module)}
+        helpers = [node for node in tree.body if defined(node) & wanted]
+    if owner:  # a subclass, under the name of its class
+        own = [ast.ClassDef(owner[0], [ast.Name(owner[0], ast.Load())], [], own, [])]
+    tree = ast.fix_missing_locations(ast.Module([*helpers, *own], []))
+    exec(compile(tree, file, "exec"), vars(module))
     return module
 
 
@@ -104,8 +118,9 @@ def learning(found):
 
 
 # returned, before, after: copies of the `leaves` of the result and of the arguments; gradients:
-# {where in the arguments: tensor or None}, or None of a result that has none
-Outcome = namedtuple("Outcome", "error returned gradients before after")
+# {where in the arguments: tensor or None}, or None of a result that has none; learning: where the
+# result has some
+Outcome = namedtuple("Outcome", "error returned gradients before after learning")
 
 
 def outcomes(method, name, module):
@@ -113,22 +128,23 @@ def outcomes(method, name, module):
     found, function = [], attrgetter(name)(module)
     for arguments in exercises.CASES[method](module)[name]():
         torch.manual_seed(0)
-        torch.set_grad_enabled(True)  # whatever another answer has left
-        before, gradients = copied(leaves(arguments)), None
+        torch.set_grad_enabled(True)  # whatever the last call has left
+        torch.set_default_dtype(torch.float32)
+        before, gradients, wanted = copied(leaves(arguments)), None, learning(leaves(arguments))
         try:
             result = function(*arguments)
             returned, after = leaves(result), copied(leaves(arguments))
             if learning(returned):
                 learner, gradients = [*learning(returned).values()][0], {}  # of (loss, ...): loss
                 if not name.endswith("_step"):  # whose gradients have been used
-                    wanted = learning(leaves(arguments))
                     weights = torch.rand(learner.shape, generator=exercises.seeded(0))
                     gradients = dict(zip(wanted, torch.autograd.grad(
                         (learner * weights).sum(), [*wanted.values()], allow_unused=True)))
             returned = leaves(exercises.CANONICAL.get(name, lambda it: it)(result))
-            found.append(Outcome(None, copied(returned), gradients, before, after))
+            loose = [where for where in learning(leaves(result))]
+            found.append(Outcome(None, copied(returned), gradients, before, after, loose))
         except (Exception, SystemExit) as error:
-            found.append(Outcome(error, {}, None, before, {}))
+            found.append(Outcome(error, {}, None, before, {}, []))
     return found
 
 
@@ -166,7 +182,7 @@ def kind(leaf):
     return "a number" if type(leaf) in (int, float) else f"a {type(leaf).__name__}"
 
 
-def named(where):
+def at(where):
     return ".".join(map(str, where))
 
 
@@ -193,10 +209,16 @@ def complaint(ours, right, names, file):
     returned, wanted = ours.returned, right.returned
     if [*returned.values()] == [None] != [*wanted.values()]:
         return "returns None: is a `return` missing?"
+    for where, leaf in right.after.items():
+        if where in ours.after and equal(right.before.get(where), leaf) and not equal(
+                ours.after[where], leaf):
+            return f"changes its argument {at((names[where[0]], *where[1:]))}"
+    if len(returned) == 1 < len(wanted):
+        return f"returns {kind(*returned.values())}, not {len(wanted)} values"
     if len(returned) != len(wanted):
         return f"returns {len(returned)} value{'s' * (len(returned) != 1)}, not {len(wanted)}"
     if returned.keys() != wanted.keys():
-        return f"returns {' '.join(map(named, returned))}, not {' '.join(map(named, wanted))}"
+        return f"returns {' '.join(map(at, returned))}, not {' '.join(map(at, wanted))}"
     for one, other in zip(returned.values(), wanted.values()):
         if kind(one) != kind(other):
             return f"returns {kind(one)}, not {kind(other)}"
@@ -204,20 +226,21 @@ def complaint(ours, right, names, file):
         return WRONG
     for where, leaf in right.after.items():
         if where not in ours.after or not equal(ours.after[where], leaf):
-            place = named((names[where[0]], *where[1:]))
-            return (f"changes its argument {place}" if equal(right.before.get(where), leaf) else
-                    f"right value, but what it leaves of {place} is wrong")
+            place = at((names[where[0]], *where[1:]))
+            return f"right value, but what it leaves of {place} is wrong"
     if (ours.gradients is None) != (right.gradients is None):
         return f"right value, but {'no' if right.gradients else 'a'} gradient: detached?"
     for where, gradient in (right.gradients or {}).items():
         got = ours.gradients[where]
-        argument = f"right value, but {named((names[where[0]], *where[1:]))} gets "
+        argument = f"right value, but {at((names[where[0]], *where[1:]))} gets "
         if got is None and gradient is not None:
             return argument + "no gradient"
         if got is not None and gradient is None:
             return argument + "a gradient, and must not"
         if got is not None and not equal(got, gradient):
             return argument + "a wrong gradient"
+    if more := [where for where in ours.learning if where not in right.learning]:
+        return f"right value, but what it returns at {at(more[0])} is not detached"
     return ""
 
 
@@ -239,6 +262,7 @@ def row_of(method, name, ours, file):
 
 def grade(method, name, tree, file):
     """The row of a function in an answer."""
+    known(method, name)  # before any line of the answer
     try:
         module = answered(method, name, tree, file)
     except (Exception, SystemExit) as error:  # whatever its first lines do
@@ -250,7 +274,8 @@ def grade(method, name, tree, file):
 # ----------------------------------------------------------------------------- pytest and processes
 def work(method, file, names, pipe):
     """Grade in a process of its own, without a word and without the finished scripts."""
-    nothing = open(os.devnull, "r+")
+    faulthandler.disable()
+    sys.breakpointhook, nothing = sys.__breakpointhook__, open(os.devnull, "r+")
     for number in range(3):
         os.dup2(nothing.fileno(), number)
     sys.stdin = sys.stdout = sys.stderr = nothing
@@ -263,26 +288,32 @@ def work(method, file, names, pipe):
 
 
 def rows(method, file, names, start="fork" if sys.platform == "linux" else "spawn"):
-    """Grade them one after the other; what hangs or ends its process costs its own row alone."""
+    """Grade them one after the other; what hangs or ends its process costs its own row alone.
+
+    A fork is cheap, and each has its own: so no function sees what another has left in torch.
+    """
     context, names = multiprocessing.get_context(start), [*names]
     while names:
         pipe, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=work, args=(method, str(file), names, theirs), daemon=True)
+        part = names[:1] if start == "fork" else names
+        process = context.Process(target=work, args=(method, str(file), part, theirs), daemon=True)
         process.start()
         theirs.close()
         try:
             pipe.recv()  # "ready"
-            while names:
+            says = f"no answer within {SECONDS} s"
+            for _ in [*part]:
                 if not pipe.poll(SECONDS):
                     break
                 yield pipe.recv()
                 del names[0]
-            says = f"no answer within {SECONDS} s"
+            else:
+                says = ""
         except EOFError:
             says = "ends the program"
         process.kill()
         process.join()
-        if names:
+        if says:
             of = len(known(method, names[0]))
             yield {"function": names.pop(0), "passed": 0, "of": of, "says": says}
 
@@ -292,6 +323,8 @@ def start(config, file):
     try:
         if file.suffix != ".py":
             raise ValueError("a Python file is needed, with .py; save a notebook as a script")
+        if b"\0" in file.read_bytes():
+            raise ValueError("it is no UTF-8 text; PowerShell's > writes another, -o does not")
         text = f"{ast.get_docstring(ast.parse(file.read_bytes()))} {file.stem}".replace("_", " ")
         method = next(name for name in exercise.METHODS if re.search(rf"\b{name}\b", text.lower()))
     except StopIteration:

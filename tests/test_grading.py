@@ -73,11 +73,12 @@ WRONG = [  # a body in place of the script's; what must be said
     ("rco", "softened_kl", "same_shape(student_logits, teacher_logits)\n    " + LOGS.replace(
         " / temperature", "") + KL, "looks like: the temperature is left out of the KL"),
     ("rco", "softened_kl", "student_logits.data /= temperature\n    same_shape(student_logits, "
-     "teacher_logits)\n    temperature = 1\n    " + LOGS.replace("s / temperature", "s") + KL,
-     "wrong, and none of the usual mistakes"),
+     "teacher_logits)\n    temperature = 1\n    " + LOGS + KL,
+     "changes its argument student_logits"),
     ("rco", "kd_loss", KD.format("teacher_logits", f"{LOSS}, ce, kl"),
      "right value, but teacher_logits gets a gradient, and must not"),
-    ("rco", "kd_loss", KD.format("teacher_logits.detach()", LOSS), "returns 1 value, not 3"),
+    ("rco", "kd_loss", KD.format("teacher_logits.detach()", LOSS), "returns a tensor () of "
+     "torch.float32, not 3 values"),
     ("rco", "kd_loss", KD.format("teacher_logits.detach()", f"{LOSS}, kl, ce"),
      "wrong, and none of the usual mistakes"),
     ("rco", "kd_loss", KD.format("teacher_logits.detach()", "{'loss': ce, 'ce': ce, 'kl': kl}"),
@@ -91,10 +92,14 @@ WRONG = [  # a body in place of the script's; what must be said
      f"temperature)\n    ce = F.cross_entropy(student_logits, labels)\n    return {LOSS}, ce, kl",
      "right value, but student_logits gets a wrong gradient"),
     ("rco", "kd_loss", "labels -= 0 * labels\n    labels[0] = 1\n    "
-     + KD.format("teacher_logits.detach()", f"{LOSS}, ce, kl"), "wrong, and none of"),
+     + KD.format("teacher_logits.detach()", f"{LOSS}, ce, kl"), "changes its argument labels"),
+    ("rco", "kd_loss", "torch.set_default_dtype(torch.float64)\n    sys.setrecursionlimit(99)",
+     "NameError: name 'sys' is not defined"),
+    ("rco", "kd_loss", "teacher_logits.requires_grad_(False)\n    "
+     + KD.format("teacher_logits", f"{LOSS}, ce, kl"), ""),
     ("rco", "equal_epoch_anchors", "return torch.tensor([k * epochs // count for k in range(1, "
-     "count + 1)])", "returns 1 value, not 4"),
-    ("rco", "next_anchor", "kl.sort()\n    return len(kl)", "wrong, and none of"),
+     "count + 1)])", "returns a tensor (4,) of torch.int64, not 4 values"),
+    ("rco", "next_anchor", "kl.sort()\n    return len(kl)", "changes its argument kl.1"),
     ("rco", "next_anchor", "while current < len(kl):\n        kl.pop()\n    return 1", "wrong"),
     ("switokd", "choose_mode", "return gap > threshold", "returns a bool, not a str"),
     ("switokd", "choose_mode", "student_distance += 0\n    return 'Expert'", "wrong, and none of"),
@@ -107,12 +112,14 @@ WRONG = [  # a body in place of the script's; what must be said
     ("switokd", "kl_to", "same_shape(peer_logits, own_logits)\n    with torch.no_grad():\n        "
      "return F.kl_div(F.log_softmax(own_logits / temperature, 1), F.softmax(peer_logits / "
      "temperature, 1), reduction='batchmean')", "right value, but no gradient: detached?"),
-    ("trikd", "label_shares", "return 0.5", "returns 1 value, not 2"),
+    ("switokd", "train_step", "z = {name: network(images) for name, network in (students | "
+     "teachers).items()}\n    return {}, z, {}", "returns 2 values, not 10"),
+    ("trikd", "label_shares", "return 0.5", "returns a number, not 2 values"),
     ("letkd", "template_loss", "same_shape(scores, targets)\n    scores.data += 1\n    p_T = "
      "targets.detach()\n    return (p_T * (p_T.log() - scores.log_softmax(1))).sum(1).mean()",
      "changes its argument scores"),
-    ("letkd", "word_targets", "features.zero_()\n    return features", "returns a tensor"),
-    ("letkd", "KDLayer.forward", "return self.match(x)", "returns 1 value, not 2"),
+    ("letkd", "word_targets", "features.zero_()\n    return features", "changes its arg"),
+    ("letkd", "KDLayer.forward", "return self.match(x)", "returns a tensor (2, 7, 3, 4)"),
     ("letkd", "CosineConv1x1.forward", "self.weight.data = F.normalize(self.weight, dim=1).data\n"
      "        return self.scale * at_every_location(F.normalize(x, dim=1), self.weight.flatten(1))",
      "changes its argument self.weight"),
@@ -146,8 +153,17 @@ def test_answers_in_another_form():
     return ce + weight * temperature ** TWO * kl, ce, kl""".strip()) + """
 import torch.nn.functional as functional
 TWO = 2
+import torch as again, math as maths
+if TWO:
+    try:
+        THREE = TWO + 1
+    except NameError:
+        pass
+TWO += 0
 raise SystemExit("the file as a whole is never run")
+import no_such_module  # and no other function needs it
 def mine(s, t, T):
+    assert maths.ceil(2.5) == THREE and again is torch
     p, q = functional.softmax(t.detach() / T, 1), functional.softmax(s / T, 1)
     return (p * (p / q).log()).sum(1).mean()
 """
@@ -155,6 +171,14 @@ def mine(s, t, T):
     text = text_of("rco").replace("def kd_loss", "def kd_los")
     assert graded("rco", "kd_loss", text) == ((0, 5), "there is no kd_loss in the file")
     assert graded("rco", "softened_kl", text)[1] == ""
+    head = "class CosineConv1x1(nn.Module):\n"
+    text = text_of("letkd").replace(head, head + """
+    length = 1.0
+
+    def unit(self, x):
+        return self.length * F.normalize(x, dim=1)
+""").replace("at_every_location(F.normalize(x, dim=1)", "at_every_location(self.unit(x)")
+    assert graded("letkd", "CosineConv1x1.forward", text)[1] == ""
 
 
 @pytest.mark.parametrize("start", ["fork", "spawn"])
@@ -213,7 +237,7 @@ def test_a_graded_file(tmp_path):
 
 @pytest.mark.parametrize("name, content, says", [
     ("work.py", "def broken(:", "invalid syntax"), ("work.py", "'''My work.'''", "neither its doc"),
-    ("my_rco.ipynb", "{}", "save a notebook"), ("my_rco.py", "\0", "null bytes"),
+    ("my_rco.ipynb", "{}", "save a notebook"), ("my_rco.py", "\0", "no UTF-8 text"),
     ("none/my_rco.py", None, "No such file")])
 def test_files_that_cannot_be_graded(name, content, says, tmp_path, pytestconfig):
     if content:
