@@ -110,7 +110,7 @@ def trikd(folder, result):
     of mutual learning and of the born-again chain, if any, in function space; tradeoff.png, if
     there are runs of other anchor weights: teacher's nearness and student's accuracy.
     """
-    from trikd import kl_to
+    from trikd import scaled_kl
     arguments = arguments_of(result)
     data = common.load_data(arguments)
     A_0, test = alone("student", result, data, arguments)
@@ -153,7 +153,7 @@ def trikd(folder, result):
                 common.load_weights(data.build(getattr(arguments, role)), path))
     outputs = [common.embeddings(network, data.test, arguments, network)[0]
                for network in networks.values()]
-    D = torch.tensor([[kl_to(a, b).item() for b in outputs] for a in outputs])
+    D = torch.tensor([[scaled_kl(a, b).item() for b in outputs] for a in outputs])
     figure, axes = axes_of("root of the mean symmetric KL (nats)", "",
                            "Networks in function space", size=(5, 4))
     for name, (x, y) in zip(networks, classical_scaling((D + D.T) / 2).tolist()):

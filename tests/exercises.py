@@ -193,7 +193,7 @@ CASES = {
             switokd_step([1], [0], fixed=-1.0), switokd_step([0], [1], finished=True),
             switokd_step([1], [0, 2], fixed=-1.0), switokd_step([0, 2], [1], fixed=-1.0)]},
     "trikd": lambda m: {
-        "kl_to": lambda: [(*z(0, 1),), *pairs(2.0)],
+        "scaled_kl": lambda: [(*z(0, 1),), *pairs(2.0)],
         "triplet_loss": lambda: [(*z(0, 1, 2), y(), m.Weights(0.9, 0.5, 2.0), 2.0),
                          (*z(0), None, *z(2), y(), m.Weights(0.9, 0.5, 2.0)),
                          (*z(0, 1), None, y(), m.Weights(0.9, 0.5, 2.0)),

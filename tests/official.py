@@ -196,7 +196,7 @@ def check_letkd(folder):
            [features, their_loss, *gradients(their_loss + features.square().sum(), their)], 5e-5)
     kd = taken(folder / "distillation/criterions/KD.py", ["DistillKL"])
     s, t = torch.randn(2, 8, 20)
-    report("LetKD control (kd)", [letkd.kd_loss(s, t, 4.0)], [kd.DistillKL(4.0)(s, t)], 2e-5)
+    report("LetKD control (kd)", [letkd.scaled_kl(t, s, 4.0)], [kd.DistillKL(4.0)(s, t)], 2e-5)
 
 
 # -------------------------------------------------------------------------------------------- TST

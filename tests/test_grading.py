@@ -186,8 +186,8 @@ def test_what_hangs_or_ends_the_process_costs_its_own_row(start, tmp_path, monke
     if start not in grading.multiprocessing.get_all_start_methods():
         pytest.skip(f"no {start} here")
     monkeypatch.setattr(grading, "SECONDS", 1)
-    names = ["kl_to", "triplet_loss", "label_shares", "train_step"]
-    bodies = iter(("import trikd\n    return trikd.kl_to(target_logits, logits, temperature)",
+    names = ["scaled_kl", "triplet_loss", "label_shares", "train_step"]
+    bodies = iter(("import trikd\n    return trikd.scaled_kl(target_logits, logits, temperature)",
                    "while True: print('loud')", "import os\n    os._exit(0)"))
     text = exercise.blanked(text_of("trikd"), names[:3])
     for body in bodies:

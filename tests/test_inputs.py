@@ -70,9 +70,9 @@ def losses():
         "switokd.distillation_gap": switokd.distillation_gap,
         "switokd.kl_to": lambda s, t: switokd.kl_to(t, s),
         "switokd.online_loss": lambda s, t: switokd.online_loss(s, [t], y),
-        "trikd.kl_to": lambda s, t: trikd.kl_to(t, s),
+        "trikd.scaled_kl": lambda s, t: trikd.scaled_kl(t, s),
         "trikd.triplet_loss": lambda s, t: trikd.triplet_loss(s, t, t, y, three)[0],
-        "letkd.kd_loss": letkd.kd_loss,
+        "letkd.scaled_kl": lambda s, t: letkd.scaled_kl(t, s),
         "letkd.template_loss": lambda s, t: letkd.template_loss(
             s[..., None, None], common.wide(t).softmax(1)[..., None, None]),
         "tst.distillation_loss": lambda s, t: tst.distillation_loss(s, t, y)[0],

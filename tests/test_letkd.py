@@ -156,7 +156,7 @@ def test_losses_and_gradients_on_random_input():
     p_T = tensor(p_T / p_T.sum(1, keepdims=True), grad=True)
     a, z_s, z_t = (tensor(random.normal(0, 3, size), grad=True)
                    for size in (size, (6, 5), (6, 5)))
-    losses = letkd.template_loss(a, p_T), letkd.kd_loss(z_s, z_t, 3.0)
+    losses = letkd.template_loss(a, p_T), letkd.scaled_kl(z_t, z_s, 3.0)
     sum(losses).backward()
     p_S, flat = np.exp(log_p(rows_of(a))), rows_of(p_T)
     p_s, p_t = (np.exp(log_p(z.detach().numpy(), 3)) for z in (z_s, z_t))
@@ -169,7 +169,7 @@ def test_losses_and_gradients_on_random_input():
 
 @pytest.mark.parametrize("error, words, call, given", [
     (ValueError, r"\(1, 3", letkd.template_loss, (torch.ones(2, 3, 1, 1), torch.ones(1, 3, 1, 1))),
-    (ValueError, r"\(1, 3", letkd.kd_loss, (torch.ones(2, 3), torch.ones(1, 3))),
+    (ValueError, r"\(1, 3", letkd.scaled_kl, (torch.ones(2, 3), torch.ones(1, 3))),
     (ValueError, r"labels: \(2,\) and \(1,\)", decide, (0,)),
     (IndexError, "range", decide, (0, 2)), (IndexError, "range", decide, (-1, 0)),
     (common.InputError, "3 centres for 2", letkd.fit_decisions, (
@@ -325,7 +325,7 @@ def test_a_step_by_hand(typed, name, size):
         z_s = twin.head(u.mean((2, 3))).float()
     wanted = {"ce": F.cross_entropy(z_s, labels)}
     if settings.supervision == "logits":
-        wanted["kl"] = letkd.kd_loss(z_s, teacher(images), 4)
+        wanted["kl"] = letkd.scaled_kl(teacher(images), z_s, 4)
     if settings.supervision == "teacher":
         wanted["penult"] = letkd.template_loss(
             scores_p, letkd.word_targets(z_penult, targets[0]))
