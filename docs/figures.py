@@ -1,7 +1,7 @@
 """Pictures of a finished run: needs matplotlib (pip install matplotlib), and no GPU.
 
     python docs/figures.py RUN_FOLDER          all pictures of the run, into its folder
-    python docs/figures.py RUN_FOLDER FILE     one of them, named like FILE, into FILE
+    python docs/figures.py RUN_FOLDER FILE     one of them, into FILE, whose name ends in its
 
 RUN_FOLDER is OUT/METHOD-seed-S-HASH. Those of trikd and letkd also need the run's data and cache,
 from the folder that it was started in; --data, --cache and --teacher-weights say where they lie
@@ -18,8 +18,8 @@ import sys
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from matplotlib import pyplot
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common  # noqa: E402
@@ -30,6 +30,20 @@ def axes_of(xlabel, ylabel, title, size=(5, 3.2)):
     figure, axes = pyplot.subplots(figsize=size, layout="constrained")
     axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
     return figure, axes
+
+
+def panels(count):
+    """A figure with some pairs of axes side by side."""
+    figure, axes = pyplot.subplots(1, count, figsize=(4.4 * count, 3.2), layout="constrained")
+    return figure, axes
+
+
+def legends(figure):
+    """The figure, with a legend wherever something has a label."""
+    for axes in figure.axes:
+        if axes.get_legend_handles_labels()[1]:
+            axes.legend(fontsize=8)
+    return figure
 
 
 def arguments_of(result):
@@ -77,24 +91,20 @@ def alone(role, result, data, arguments):
 
 # One function a script: (folder, result.json) -> {file name: figure}.
 def rco(folder, result):
-    """hardness.png (the paper's Fig. 3): KL of the route to the student after each stage; gap.png:
-    student and teacher by anchor."""
-    pictures, rows = {}, result["rows"]
-    if result["route_kls"]:  # mimic trains no logits and has none
-        figure, axes = axes_of("teacher epoch", "KL to the student (nats)", "Hardness of the route")
-        ends = {row["stage"]: row for row in rows}.values()  # the last epoch of each stage
-        for row, kl in zip(ends, result["route_kls"]):
-            label = f"after stage {row['stage']}, anchor {row['anchor']}"
-            axes.plot(result["route"], kl, marker=".", label=label)
-        axes.legend(fontsize=8)
-        pictures["hardness.png"] = figure
-    figure, axes = axes_of("anchor (teacher epoch)", "test accuracy (%)",
-                           "Student and teacher by anchor")
-    last = {row["anchor"]: row["test"] for row in rows}
+    """rco.png: teacher and student by anchor; KL of the route's states to the student after each
+    stage, the paper's Fig. 3 (mimic trains no logits and has none)."""
+    figure, (axes, hardness) = panels(2)
+    axes.set(xlabel="anchor (teacher epoch)", ylabel="test accuracy (%)", title="By anchor")
+    last = {row["anchor"]: row["test"] for row in result["rows"]}
     axes.plot(*zip(*result["teacher_test"]), marker="o", label="teacher")
     axes.plot(list(last), list(last.values()), marker="o", label="student")
-    axes.legend(fontsize=8)
-    return {**pictures, "gap.png": figure}
+    hardness.set(xlabel="teacher epoch", ylabel="KL to the student (nats)",
+                 title="Hardness of the route")
+    ends = {row["stage"]: row for row in result["rows"]}.values()  # the last epoch of each stage
+    for row, kl in zip(ends, result["route_kls"]):
+        label = f"after stage {row['stage']}, anchor {row['anchor']}"
+        hardness.plot(result["route"], kl, marker=".", label=label)
+    return {"rco.png": legends(figure)}
 
 
 def classical_scaling(squared_distances):
@@ -106,9 +116,9 @@ def classical_scaling(squared_distances):
 
 
 def trikd(folder, result):
-    """generations.png: students and teachers by generation; functions.png: the networks of the run,
-    of mutual learning and of the born-again chain, if any, in function space; tradeoff.png, if
-    there are runs of other anchor weights: teacher's nearness and student's accuracy.
+    """trikd.png: accuracies by generation, and how far the networks are apart; functions.png: the
+    networks of the run, of mutual learning and of the born-again chain, if any, in function space;
+    tradeoff.png, if there are runs of other anchor weights: teacher's nearness, student's accuracy.
     """
     from trikd import scaled_kl
     arguments = arguments_of(result)
@@ -118,7 +128,8 @@ def trikd(folder, result):
         folder, result, "method", "peer", "peer_weight", "anchor_weight", "generations").items()
         if place == folder or run["arguments"]["method"] in ("born-again", "mutual learning")}
 
-    figure, axes = axes_of("generation", "test accuracy (%)", "Curriculum")
+    figure, (axes, distances) = panels(2)
+    axes.set(xlabel="generation", ylabel="test accuracy (%)", title="Curriculum")
     for run in runs.values():
         name, rows = run["arguments"]["method"], run["table"]
         if name != "mutual learning":  # which has one generation
@@ -130,8 +141,13 @@ def trikd(folder, result):
         axes.plot(range(1, len(rows) + 1), rows, marker="s", linestyle=":",
                   label=f"{result['arguments']['method']}: teacher")
     axes.set_xticks(range(len(rows) + 1))
-    axes.legend(fontsize=8)
-    pictures = {"generations.png": figure}
+    distances.set(xlabel="generation", ylabel="KL on the test images (nats)", title="Distances",
+                  xticks=range(1, len(rows) + 1))
+    for key, label in (("kl_ts", "KL(teacher || student)"), ("kl_at", "KL(anchor || teacher)")):
+        if key in result["table"][0]:
+            distances.plot(range(1, len(rows) + 1), [row[key] for row in result["table"]],
+                           marker="o", label=label)
+    pictures = {"trikd.png": legends(figure)}
 
     swept = [*beside(folder, result, "anchor_weight", "generations").values()]
     if len(swept) > 1 and rows[0] is not None:
@@ -164,7 +180,7 @@ def trikd(folder, result):
 
 
 def switokd(folder, result):
-    """gap.png: gap and threshold by step, expert mode shaded; rule.png: eq. (10), step by step;
+    """switokd.png: gap and threshold by step, expert mode shaded; rule.png: eq. (10), step by step;
     degeneration.png, at tau = 1: t, the L1 distance of the student's two gradients, eq. (9), of
     this run and of those of other methods beside it."""
     def pairs_of(place):
@@ -195,7 +211,7 @@ def switokd(folder, result):
             axes.plot(when, values, linewidth=0.8, label=name)
         axes.set(xlabel="epoch", title="Gap and threshold" + label)
         axes.legend(fontsize=8)
-    pictures = {"gap.png": figure}
+    pictures = {"switokd.png": figure}
 
     # Eq. (10): slack / t against r = t / (s + t); expert above 1 - exp(-r) = 1 - eps, if r < 1/2
     figure, axes = axes_of("r = t / (s + t)", "slack / t",
@@ -227,12 +243,11 @@ def switokd(folder, result):
 
 
 def letkd(folder, result):
-    """layers.png: loss terms, scales and firing share by epoch. subclasses.png (letKD-2 and its
-    teacher): the sub-class of every location of four test images, and rows of s_T in its colours.
-    """
+    """layers.png: loss terms, scales and firing share by epoch; letkd.png: of eight test images the
+    template that fires most at each location, white where none does."""
     import letkd as script
     rows = result["rows"]
-    figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.2), layout="constrained")
+    figure, axes = panels(3)
     shown = [(axes[0], name, name) for name in ("ce", "kl", "penult", "inter")]
     for layer in ("inter", "penult"):
         shown += [(axis, f"{key}_{layer}", f"{key}, {layer}")
@@ -241,46 +256,38 @@ def letkd(folder, result):
         if key in rows[0]:
             axis.plot([row["epoch"] for row in rows], [row[key] for row in rows], marker=".",
                       label=label)
-    axes[0].set(title="Terms of eq. (16), nats")
-    axes[1].set(title="Scales of eqs. (1), (3)")
-    axes[2].set(title="Share of templates that fire", ylim=(0, 1.05))
-    for axis in axes:
-        axis.set_xlabel("epoch")
-        if axis.lines:
-            axis.legend(fontsize=8)
-    pictures = {"layers.png": figure}
-    arguments = arguments_of(result)
-    if (arguments.supervision, arguments.layers) != ("teacher", 2):
+    axes[0].set(xlabel="epoch", title="Terms of eq. (16), nats")
+    axes[1].set(xlabel="epoch", title="Scales of eqs. (1), (3)")
+    axes[2].set(xlabel="epoch", title="Share of templates that fire", ylim=(0, 1.05))
+    pictures, arguments = {"layers.png": legends(figure)}, arguments_of(result)
+    if not arguments.layers:
         return pictures
 
-    data = common.load_data(arguments)
-    teacher, _ = alone("teacher", result, data, arguments)
-    if not teacher:
-        return pictures
-    _, W, b, c_n, s_T = script.targets_of(teacher, data, arguments)  # a GPU's are fitted again
-    k, (images, labels) = arguments.per_class, next(data.test.batches(4))
-    _, side = script.map_shapes(data.build(arguments.student), data.image_size)[0]
-    with torch.no_grad(), common.autocast(arguments):
-        z = F.adaptive_avg_pool2d(script.up_to_tap(teacher, images).float(), side)
-        own = torch.eye(len(s_T))  # in place of s_T: h1 itself
-        h1 = script.decision_targets(z, labels, W, b, c_n, own).argmax(1)  # (4,H,W)
-    figure, axes = pyplot.subplots(len(images), 3, figsize=(9, 2 * len(images)), squeeze=False,
-                                   layout="constrained", width_ratios=(1, 1, 3))
-    for image, label, found, axis in zip(images, labels.tolist(), h1, axes):
-        image = (image * data.test.std + data.test.mean).clamp(0, 1)
-        axis[0].imshow(image.permute(1, 2, 0).numpy())
-        axis[0].set_title(f"class {label}", fontsize=8)
-        axis[1].imshow((found - label * k).numpy(), vmin=0, vmax=max(1, k - 1), cmap="turbo")
-        axis[1].set_title("sub-class of each location", fontsize=8)
-        for n in found.unique()[:3].tolist():
-            color = pyplot.get_cmap("turbo")((n - label * k) / max(1, k - 1))
-            axis[2].bar(range(len(s_T)), s_T[n].numpy(), width=1.0, color=color,
-                        label=f"row of sub-class {n - label * k}")
-        axis[2].set_xlabel("sub-class of the whole table, k to a class", fontsize=8)
-        axis[2].legend(fontsize=7)
-        for picture in axis[:2]:
-            picture.set_axis_off()
-    return {**pictures, "subclasses.png": figure}
+    data, fired = common.load_data(arguments), {}
+    inter = data.classes * arguments.per_class if arguments.layers == 2 else 0
+    student = script.build_student(arguments.student, data.classes, data.image_size, inter,
+                                   arguments.words, arguments.alpha)
+    student.load_state_dict(torch.load(folder / "student.pt", weights_only=True))
+    for name, layer in (("inter", student.inter), ("penult", student.penult)):
+        if layer is not None:
+            layer.norm.register_forward_hook(
+                lambda norm, x, normed, name=name: fired.update({name: normed.relu()}))
+    images, labels = next(data.test.batches(8))
+    with common.evaluating(student):
+        student(images)
+    figure, grid = pyplot.subplots(1 + len(fired), 8, figsize=(9, 1.3 * (1 + len(fired))),
+                                   layout="constrained")
+    for image, label, axes in zip(data.test.images, labels.tolist(), grid[0]):
+        axes.imshow(image.movedim(0, 2).numpy())
+        axes.set_title(data.names[label], fontsize=6)
+    for (name, p_hat), row in zip(fired.items(), grid[1:]):  # p_hat (8,K,H,W)
+        most, template = p_hat.max(1)
+        for maps, axes in zip(torch.where(most > 0, template.double(), torch.nan), row):
+            axes.imshow(maps.numpy(), vmin=0, vmax=p_hat.shape[1] - 1, cmap="turbo")
+        row[0].set_ylabel(name, fontsize=8)
+    for axes in figure.axes:
+        axes.set(xticks=[], yticks=[])
+    return {**pictures, "letkd.png": figure}
 
 
 def tst(folder, result):
@@ -351,13 +358,14 @@ def main(folder, file=None, *places):
     pictures = globals()[script[0]](Path(folder), result) if script else {}
     if not pictures:
         print(f"nothing to draw of a run of {result['script']}.py, {result['arguments']['method']}")
-    if file and Path(file).name not in pictures:
+    wanted = [name for name in pictures if file is None or Path(file).name.endswith(name)]
+    if file and not wanted:
         sys.exit(f"figures.py: error: no {Path(file).name} in this run, only: {[*pictures]}")
-    for name, figure in pictures.items():
+    for name in wanted:
         target = Path(file or Path(folder) / name)
-        if target.name == name:
-            figure.savefig(target, dpi=110)
-            print(target)
+        pictures[name].savefig(target, dpi=90)
+        Image.open(target).quantize(128).save(target, optimize=True)  # small enough for a page
+        print(target)
     return pictures
 
 
