@@ -80,6 +80,15 @@ def number(kind, low, high=1e9):
     return convert
 
 
+def usable_gpu():
+    """Whether a kernel runs on the first GPU; where torch has none for it, one line says so."""
+    try:
+        return torch.cuda.is_available() and bool(torch.zeros(1, device="cuda") + 1)
+    except RuntimeError as error:
+        print(f"no GPU: {str(error).splitlines()[0]}; the CPU is used")
+        return False
+
+
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """--help with the defaults, where there are any, and the methods line by line."""
 
@@ -98,7 +107,7 @@ def base_parser(description, methods, files=None, networks=None, datasets=tuple(
         formatter_class=partial(Help, width=100))
     add, positive, part = parser.add_argument, number(float, 1e-9), number(float, 0, 1)
     natural, count = number(int, 0), number(int, 1)
-    devices = ["cuda"] * torch.cuda.is_available() + ["cpu"]
+    devices = ["cuda"] * usable_gpu() + ["cpu"]
     devices += ["mps"] * torch.backends.mps.is_available()
     add("--method", nargs="+", choices=methods, default=[*methods][:1], metavar="NAME",
         help="what to run, see below")
@@ -231,9 +240,7 @@ class Streamed(Split):
         if generator:
             crop = [v2.RandomResizedCrop(self.size), v2.RandomHorizontalFlip(self.mirrored / 2)]
         folder, device, places = copy.copy(self.folder), self.mean.device, self.images.cpu()
-        folder.transform = v2.Compose([
-            v2.ToImage(), *crop, v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(self.mean.flatten().tolist(), self.std.flatten().tolist())])
+        folder.transform = v2.Compose([v2.ToImage(), *crop])  # bytes: workers hold many batches
         if generator:
             places = places[torch.randperm(len(places), generator=generator)]
             folder.seeds = torch.randint(2**62, places.shape, generator=generator)
@@ -243,7 +250,8 @@ class Streamed(Split):
                 folder, batch_sampler=torch.arange(len(places)).tensor_split(cuts),
                 num_workers=self.workers, generator=torch.Generator(),
                 pin_memory=device.type == "cuda"):
-            yield [part.to(device, non_blocking=True) for part in batch]
+            images, labels = (part.to(device, non_blocking=True) for part in batch)
+            yield self.normalise(images), labels
 
     augmented = batches
 

@@ -47,6 +47,7 @@ def blanked(source, names):
         indent = " " * node.body[0].col_offset
         kept, goes_on = [], False
         for line in map(str.strip, lines[start:node.end_lineno]):
+            line = line[line.find("# Eq"):] if "# Eq" in line else line  # also behind code
             goes_on = line.startswith("# Eq") or goes_on and line.startswith("#")
             kept += [indent + line] * goes_on
         lines[start:node.end_lineno] = [*kept, f"{indent}raise NotImplementedError"]
@@ -77,6 +78,6 @@ def main(script, *names):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2:
+    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
         sys.exit(__doc__)
     main(*sys.argv[1:])

@@ -25,8 +25,9 @@ def z(*seeds, shape=(6, 5), dtype=torch.float32, grad=True):
 
 
 def pairs(*rest, **how):
-    """Calls of a loss of two equal shapes: as they should be, in float64, and of unlike shapes."""
-    return [(*z(0, 1), *rest), (*z(2, 3, dtype=WIDE), *rest),
+    """Calls of a loss of two equal shapes: usual ones, float64, large ones; and unlike shapes."""
+    large = [one.detach().mul(100).requires_grad_() for one in z(4, 5)]
+    return [(*z(0, 1), *rest), (*z(2, 3, dtype=WIDE), *rest), (*large, *rest),
             *[(*z(0), *z(1, shape=other), *rest) for other in ((6, 1), (1, 5))]]
 
 
@@ -53,7 +54,7 @@ def learner(module):
     """It, as it is amid its training, with the gradients of the last step; and its optimizer."""
     for parameter in module.parameters():
         parameter.grad = torch.ones_like(parameter)
-    return module, torch.optim.SGD(module.parameters(), 1.0)
+    return module, torch.optim.SGD(module.parameters(), 1.0, 0.9, weight_decay=0.1)
 
 
 def settings(**flags):
@@ -62,8 +63,8 @@ def settings(**flags):
                         "student": "resnet8x0.5", "student_term": "non_saturating", **flags})
 
 
-def rco_step(m, transfer, seed=1):
-    how = settings(transfer=transfer)
+def rco_step(m, transfer, precision="fp32", seed=1):
+    how = settings(transfer=transfer, precision=precision)
     data = Namespace(build=lambda name, seed: common.build_model(name, 5, 8, seed))
     student, optimizer = learner(m.build_student(data, 64, how))
     return (student, common.folded(data.build("resnet8", seed)), optimizer, images(), y(), how)
@@ -80,12 +81,12 @@ def switokd_step(students, teachers, finished=False, **flags):
     return (*of, learners, images(), y(), settings(**flags))
 
 
-def trikd_step(m, peer, anchor):
+def trikd_step(m, peer, anchor, finished=None):
     both = nn.ModuleDict({"student": network(0), **({"teacher": network(1)} if peer else {})})
     both, optimizer = learner(both)
     weights = {"student": m.Weights(0.9, 0.5, 2.0), "teacher": m.Weights(0.8, 0.3, 1.5)}
     anchor = common.frozen(network(2)) if anchor else None
-    return (both["student"], both["teacher"] if peer else None, anchor,
+    return (both["student"], both["teacher"] if peer else finished, anchor,
             optimizer, images(), y(), {role: weights[role] for role in both}, settings())
 
 
@@ -109,7 +110,8 @@ def of_classes(dtype=torch.float32, width=6):
     y = torch.arange(60).sqrt().long() % 4  # 9, 14, 19 and 18 of a class
     features = z(5, shape=(60, width), dtype=dtype, grad=False)[0] + 0.5 * y[:, None]
     features[:, 1] = 0  # a dead channel
-    return features, y
+    features[(y == 2).nonzero()[2:, 0]] = features[(y == 2).nonzero()[0, 0]].clone()
+    return features, y  # of class 2 two points alone: with three centres one stays empty
 
 
 def encoder(m, kind, seed=0):
@@ -120,10 +122,10 @@ def encoder(m, kind, seed=0):
     return made, z(9, shape=(6, 1))[0]
 
 
-def augmenter(m, operations=4):
+def augmenter(m, operations=4, **how):
     kinds = ["ColorEncoder"] * m.COLOR + ["GeometricEncoder"] * (m.MOVABLE - m.COLOR)
     encoders = [encoder(m, kind, seed)[0] for seed, kind in enumerate(kinds)]
-    made = m.Augmenter(encoders, *statistics(), operations)
+    made = m.Augmenter(encoders, *statistics(), operations, **how)
     made.theta_m.data, made.theta_p.data = z(1, shape=(11,))[0].data, z(2, shape=(14,))[0].data
     return made
 
@@ -143,9 +145,9 @@ def tst_step(first):
     return student, common.frozen(network(1)), optimizer, images(), y(), first, settings()
 
 
-def to_fit(m, operation):
-    made, _ = encoder(m, "ColorEncoder" if operation == "Solarize" else "GeometricEncoder")
-    return made, operation, images(), *statistics(), 3, 4, 1e-2, 0.998, seeded()
+def to_fit(m, operation, steps=3):
+    made, _ = encoder(m, "GeometricEncoder" if operation == "Rotate" else "ColorEncoder")
+    return made, operation, images(), *statistics(), steps, 4, 1e-2, 0.998, seeded()
 
 
 def statistics():
@@ -158,7 +160,8 @@ def routes():
     return [(kl, current, 0.8) for kl, current in (
         ([1.0, 1.2, 2.5, 3.0, 1.0], 1), ([1.0, 3.0, 3.1, 3.2, 1.0], 1),
         ([1.0, 2.0, 2.1, 4.0, 9.0], 2), ([4.0, 5.0, 6.0, 9.0, 1.0], 1),
-        ([1.0, 1.1, 1.2, 1.3, 9.0], 1), ([1.0, 1.8, 2.0, 3.0], 1))]
+        ([1.0, 1.1, 1.2, 1.3, 9.0], 1), ([4.0, 0.1, 0.2, 9.0], 1))] + [
+            ([1.0, 1.5, 1.5, 1.5, 1.5], 1, 0.5)]
 
 
 CASES = {
@@ -167,42 +170,53 @@ CASES = {
         "kd_loss": lambda: [(*z(0, 1), y()), *pairs(y(), 0.7, 3.0)],
         "hint_loss": lambda: pairs(), "mimic_loss": lambda: pairs(),
         "equal_epoch_anchors": lambda: [(25, 4), (24, 7), (240, 4), (3, 5)],
-        "one_stage_anchors": lambda: [(23, 5), (10, 4), (3, 24)],
-        "route_kl": lambda: [(network(0).train(), [network(1), network(2).train()],
-                      [(images(), y()), (images(8)[:2], y()[:2])], T) for T in (1.0, 3.0)],
+        "one_stage_anchors": lambda: [(23, 5), (10, 4), (24, 6), (3, 24)],
+        "route_kl": lambda: [
+            (network(0).train(train), [network(1), network(2).train()],
+             iter([(images(), y()), (images(8)[:2], y()[:2])]), T)
+            for T, train in ((1.0, True), (3.0, False))],
         "next_anchor": routes,
-        "learning_rates": lambda: [(0.1, 240), (0.1, 10), (0.1, 16, "steps")],
-        "train_step": lambda: [rco_step(m, transfer) for transfer in ("kd", "hint", "mimic")]},
+        "learning_rates": lambda: [(0.1, 240), (0.3, 10), (0.1, 16, "steps")],
+        "train_step": lambda: [
+            *[rco_step(m, transfer) for transfer in ("kd", "hint", "mimic")],
+            rco_step(m, "kd", "bf16")]},
     "switokd": lambda m: {
         "label_distance": lambda: [(*z(0), y()), (*z(0), y(), 2.0), (*z(0, dtype=WIDE), y(), 2.0),
-                           (*z(0), y()[:1]), (*z(0), y()[:, None])],
+                           (*z(0), 0 * y()),
+            (*z(0), y()[:1]), (*z(0), y()[:, None])],
         "distillation_gap": lambda: [(*z(0, 1),), *pairs(2.0)],
         "switching_threshold": lambda: [
             tuple(torch.tensor(one, requires_grad=True) for one in (s, t))
             for s, t in ((1.5, 0.4), (0.4, 1.5), (0.0, 0.0))],
         "choose_mode": lambda: [(1.0, 0.5, 1.0, 0.5), (1.0, 0.5, 0.5, 1.0), (0.5, 0.5, 1.0, 0.5),
-                        (0.1, 0.5, 1.0, 0.5), (1.0, 0.5, 1.0, 1.0), (1.0, nan, 1.0, 0.5)],
+                        (0.1, 0.5, 1.0, 0.5), (1.0, 0.5, 1.0, 1.0), (1.0, nan, 1.0, 0.5),
+                                (nan, 0.5, 1.0, 0.5), tuple(torch.tensor([1.0, 0.5, 1.0, 0.5]))],
         "kl_to": lambda: [(*z(0, 1),), *pairs(2.0)],
-        "online_loss": lambda: [(*z(0), z(*peers), y(), 2.0) for peers in ((1,), (1, 2), ())]
-        + [(*z(0), z(1, dtype=WIDE, shape=(6, 1)), y(), 2.0)],
+        "online_loss": lambda: [
+            (*z(0), z(1, 2), y()), *[(*z(0), z(*peers), y(), 2.0) for peers in ((1,), (1, 2), ())],
+            (*z(0), z(1, dtype=WIDE, shape=(6, 1)), y(), 2.0)],
         "pair_of": lambda: [
             (near * z(0)[0].data, 3 * z(1)[0].data, y(), 2.0, fixed)
-            for near in (0.1, 4) for fixed in (None, 0.1, 9.0)],
+            for near in (0.1, 4) for fixed in (None, 0.0, 0.1, 9.0)],
         "train_step": lambda: [
             switokd_step([0], [1]), switokd_step([0], [1], fixed=-1.0),
             switokd_step([1], [0], fixed=-1.0), switokd_step([0], [1], finished=True),
-            switokd_step([1], [0, 2], fixed=-1.0), switokd_step([0, 2], [1], fixed=-1.0)]},
+            switokd_step([1], [0, 2], fixed=-1.0), switokd_step([0, 2], [1], fixed=-1.0),
+            switokd_step([2, 0], [1], fixed=-1.0)]},
     "trikd": lambda m: {
         "scaled_kl": lambda: [(*z(0, 1),), *pairs(2.0)],
         "triplet_loss": lambda: [(*z(0, 1, 2), y(), m.Weights(0.9, 0.5, 2.0), 2.0),
                          (*z(0), None, *z(2), y(), m.Weights(0.9, 0.5, 2.0)),
                          (*z(0, 1), None, y(), m.Weights(0.9, 0.5, 2.0)),
+                         (*z(0, 1, 2), y(), m.Weights(0.9, 0.0, 0.0)),
                          (*z(0), *z(1, shape=(1, 5)), None, y(), m.Weights(1, 1, 1))],
         "label_shares": lambda: [(m.Weights(0.9, 0.5, 2.0), m.Weights(0.3, 0.5, 2.0)),
                          (m.Weights(1, 2, 3), m.Weights(4, 5, 6)),
+                         (m.Weights(0.1, 0.1, 0.1), m.Weights(0.2, 0.1, 0.1)),
                          (m.Weights(0, 1, 0), m.Weights(0, 1, 0))],
         "train_step": lambda: [
-            trikd_step(m, peer, anchor) for peer in (1, 0) for anchor in (1, 0)]},
+            *[trikd_step(m, peer, anchor) for peer in (1, 0) for anchor in (1, 0)],
+            trikd_step(m, 0, 0, common.frozen(network(3)))]},
     "letkd": lambda m: {
         "word_targets": lambda: [(*z(0, shape=MAPS, dtype=dtype, grad=False),
                           *z(1, shape=(7, 5), dtype=dtype, grad=False), *tau)
@@ -211,16 +225,20 @@ CASES = {
         + [(*of_classes(WIDE, 2), 4, 60)],
         "fit_decisions": lambda: [(*of_classes(), 4, 3, L, seeded()) for L in (2, 60)],
         "decision_targets": lambda: [(*z(0, shape=MAPS, grad=False), y()[:2], *decisions(5)),
+                             (*z(0, shape=MAPS, grad=False), y()[2:4], *decisions(5, k=2)),
                              (*z(0, shape=MAPS, grad=False), y()[:1], *decisions(5))],
         "template_loss": lambda: [
             (*z(0, shape=shape, dtype=dtype), z(1, shape=MAPS, dtype=dtype)[0].mul(sharp)
              .softmax(1).detach().requires_grad_())  # 300: one-hot, 0 log 0 = 0
             for shape, dtype, sharp in ((MAPS, torch.float32, 1), (MAPS, torch.float32, 300),
-                                        (MAPS, WIDE, 1), ((2, 1, 3, 4), torch.float32, 1))],
+                                        (MAPS, WIDE, 1), ((2, 1, 3, 4), torch.float32, 1),
+                                        ((2, 5, 4, 3), torch.float32, 1))],
         "train_step": lambda: [letkd_step(m, *how) for how in (
             ("teacher", 0, 12), ("teacher", 20, 12), ("none", 20, 12), ("logits", 0, 0))],
         "CosineConv1x1.forward": lambda: [
-            (m.build_student("resnet8x0.5", 5, 8, 0, 7).penult.match, *z(0, shape=(2, 32, 3, 4)))],
+            (m.build_student("resnet8x0.5", 5, 8, 0, 7).penult.match,
+             (x * (torch.arange(4) > 0)).detach().requires_grad_())  # a location of zeros
+            for x in z(0, shape=(2, 32, 3, 4))],
         "KDLayer.forward": lambda: [
             (m.build_student("resnet8x0.5", 5, 8, 0, 7, alpha).penult.train(train),
              *z(0, shape=(2, 32, 3, 4))) for alpha in (1.0, 0.3) for train in (True, False)]},
@@ -231,10 +249,13 @@ CASES = {
         "augmentation_loss": lambda: [(*z(0, 1), y()), *pairs(y(), "non_saturating"),
                               (*z(0, 1), y(), "negative_ce"), (*z(0, 1), y(), "no such term")],
         "distillation_loss": lambda: [(*z(0, 1), y()), *pairs(y(), 0.7, 3.0)],
-        "to_bytes": lambda: [(images(), *statistics()), (torch.zeros(1, 3, 2, 2), *statistics())],
+        "to_bytes": lambda: [
+            (torch.full((1, 3, 2, 2), 2.5), torch.zeros(1), torch.full((1,), 1 / 255)),
+            (images(), *statistics()), (torch.zeros(1, 3, 2, 2), *statistics())],
         "from_bytes": lambda: [
             (torch.arange(12, dtype=torch.uint8).view(1, 3, 2, 2) * 20, *statistics())],
-        "fit_encoder": lambda: [to_fit(m, operation) for operation in ("Solarize", "Rotate")],
+        "fit_encoder": lambda: [
+            to_fit(m, "Solarize"), to_fit(m, "Rotate", 103), to_fit(m, "Posterize", 9)],
         "search_step": lambda: [tst_search(m, term) for term in ("non_saturating", "negative_ce")],
         "train_step": lambda: [tst_step(first) for first in (
             (images(8), y()), (images(8), y().flip(0)), None)],
@@ -250,17 +271,22 @@ CASES = {
             for noise in (0.0, 0.1)],
         "Augmenter.magnitudes": lambda: [(augmenter(m),)],
         "Augmenter.probabilities": lambda: [(augmenter(m),)],
-        "Augmenter.transform": lambda: [(augmenter(m), i, images(), *z(4, shape=(11,)), seeded())
-                                for i in (0, 10, 11, 12, 13)],
-        "Augmenter.forward": lambda: [(augmenter(m, operations), images(), seeded(seed))
-                              for operations in (1, 4, 14) for seed in (3, 4)]},
+        "Augmenter.transform": lambda: [
+            (augmenter(m, erased=0.5), i, images(), *z(4, shape=(11,)), seeded())
+            for i in (0, 10, 11, 12, 13)],
+        "Augmenter.forward": lambda: [
+            (augmenter(m, operations, temperature=0.3), images(), seeded(seed))
+            for operations in (1, 4, 14) for seed in (3, 4)]},
 }
 
 
 def without_signs(found):
-    """W and b of eq. (8), whose rows have any sign: their products."""
+    """W and b of eq. (8), whose rows have any sign: the largest entry of each row made positive."""
+    if not isinstance(found, tuple) or [getattr(one, "ndim", 0) for one in found] != [2, 1]:
+        return found
     W, b = found
-    return W.T @ W, W.T @ b
+    sign = W.take_along_dim(W.abs().argmax(1, keepdim=True), 1).sign()  # (L,1)
+    return sign * W, sign[:, 0] * b if len(b) == len(W) else b
 
 
 CANONICAL = {"discriminant": without_signs}  # function -> what of its result is compared

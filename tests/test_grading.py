@@ -82,7 +82,7 @@ WRONG = [  # a body in place of the script's; what must be said
     ("rco", "kd_loss", KD.format("teacher_logits.detach()", f"{LOSS}, kl, ce"),
      "wrong, and none of the usual mistakes"),
     ("rco", "kd_loss", KD.format("teacher_logits.detach()", "{'loss': ce, 'ce': ce, 'kl': kl}"),
-     "returns loss ce kl, not 0 1 2"),
+     "returns other names or numbers of parts: see '0'"),
     ("rco", "kd_loss", "return student_logit", "NameError: name 'student_logit' is not defined"),
     ("rco", "kd_loss", "raise SystemExit(0)", "ends the program"),
     ("rco", "kd_loss", "import rco_of_mine", "ModuleNotFoundError: No module named 'rco_of_mine'"),
@@ -101,6 +101,15 @@ WRONG = [  # a body in place of the script's; what must be said
      "count + 1)])", "returns a tensor (4,) of torch.int64, not 4 values"),
     ("rco", "next_anchor", "kl.sort()\n    return len(kl)", "changes its argument kl.1"),
     ("rco", "next_anchor", "while current < len(kl):\n        kl.pop()\n    return 1", "wrong"),
+    ("rco", "kd_loss", "raise ValueError('whatever comes')", "ValueError: whatever comes"),
+    ("rco", "kd_loss", KD.format("teacher_logits.detach()", f"({LOSS}).detach(), ce, kl"),
+     "right value, but what it returns at 0 has no gradient"),
+    ("rco", "kd_loss", KD.format("teacher_logits.detach()", f"{LOSS} ^ 2, ce, kl"),
+     "NotImplementedError: \"bitwise_xor"),
+    ("rco", "kd_loss", "return kd_loss(student_logits, teacher_logits, labels, weight, 4.0)",
+     "RecursionError"),
+    ("rco", "next_anchor", "return float(len(kl))", "returns a float, not a whole number"),
+    ("letkd", "discriminant", "return None, None, None", "returns 3 values, not 2"),
     ("switokd", "choose_mode", "return gap > threshold", "returns a bool, not a str"),
     ("switokd", "choose_mode", "student_distance += 0\n    return 'Expert'", "wrong, and none of"),
     ("switokd", "switching_threshold", "s, t = student_distance, teacher_distance\n    epsilon = "
@@ -113,7 +122,7 @@ WRONG = [  # a body in place of the script's; what must be said
      "return F.kl_div(F.log_softmax(own_logits / temperature, 1), F.softmax(peer_logits / "
      "temperature, 1), reduction='batchmean')", "right value, but no gradient: detached?"),
     ("switokd", "train_step", "z = {name: network(images) for name, network in (students | "
-     "teachers).items()}\n    return {}, z, {}", "returns 2 values, not 10"),
+     "teachers).items()}\n    return {}, z, {}", "returns other names or numbers of parts"),
     ("trikd", "label_shares", "return 0.5", "returns a number, not 2 values"),
     ("letkd", "template_loss", "same_shape(scores, targets)\n    scores.data += 1\n    p_T = "
      "targets.detach()\n    return (p_T * (p_T.log() - scores.log_softmax(1))).sum(1).mean()",
@@ -127,7 +136,7 @@ WRONG = [  # a body in place of the script's; what must be said
      "+ u.log() - (1 - u).log()) / temperature)", "wrong, and none of the usual mistakes"),
     ("tst", "augmentation_loss", "raise KeyError(student_term)", "KeyError: 'non_saturating'"),
     ("tst", "to_bytes", "return (255 * (images * std + mean) + 0.5).floor().clamp(0, 255)",
-     "returns a tensor (6, 3, 8, 8) of torch.float32, not a tensor (6, 3, 8, 8) of torch.uint8"),
+     "returns a tensor (1, 3, 2, 2) of torch.float32, not a tensor (1, 3, 2, 2) of torch.uint8"),
     ("tst", "Augmenter.magnitudes", "return self.theta_m.data.sigmoid()",
      "right value, but no gradient: detached?"),
     ("tst", "GeometricEncoder.forward", "return images", "wrong, and none"),
@@ -164,12 +173,12 @@ raise SystemExit("the file as a whole is never run")
 import no_such_module  # and no other function needs it
 def mine(s, t, T):
     assert maths.ceil(2.5) == THREE and again is torch
-    p, q = functional.softmax(t.detach() / T, 1), functional.softmax(s / T, 1)
-    return (p * (p / q).log()).sum(1).mean()
+    p, q = functional.log_softmax(t.detach() / T, 1), functional.log_softmax(s / T, 1)
+    return (p.exp() * (p - q)).sum(1).mean()
 """
-    assert graded("rco", "kd_loss", text) == ((5, 5), "")
+    assert graded("rco", "kd_loss", text) == ((6, 6), "")
     text = text_of("rco").replace("def kd_loss", "def kd_los")
-    assert graded("rco", "kd_loss", text) == ((0, 5), "there is no kd_loss in the file")
+    assert graded("rco", "kd_loss", text) == ((0, 6), "there is no kd_loss in the file")
     assert graded("rco", "softened_kl", text)[1] == ""
     head = "class CosineConv1x1(nn.Module):\n"
     text = text_of("letkd").replace(head, head + """
@@ -228,7 +237,7 @@ def test_a_graded_file(tmp_path):
     assert lines["next_anchor"].endswith("not written yet")
     rows = {row.pop("function"): row for row in json.loads((tmp_path / "grades.json").read_text())}
     assert {*rows} == {*lines} == {name for method, name in OFFERED if method == "rco"}
-    assert rows["kd_loss"] == {"passed": 2, "of": 5, "says": "looks like: without T^2"}
+    assert rows["kd_loss"] == {"passed": 0, "of": 6, "says": "looks like: without T^2"}
     assert [name for name, row in rows.items() if row["passed"] < row["of"]] == [
         "kd_loss", "next_anchor"]
     with pytest.raises(SystemExit, match="nothing is overwritten"):
