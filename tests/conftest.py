@@ -178,8 +178,10 @@ def same_run(one, other):
     timed = {"seconds", "rows", "command", "commit"}
     ours, theirs = ({key: value for key, value in result_of(folder).items() if key not in timed}
                     for folder in (one, other))
-    for row in (*ours.get("table", ()), *theirs.get("table", ())):
-        del row["seconds"]
+    for result, part in itertools.product((ours, theirs), ("table", "searches")):
+        for row in result.get(part, ()):
+            for clock in ("s", "img/s", "seconds"):
+                row.pop(clock, None)
     return (names == {path.name for path in Path(other).glob("*.pt")} and len(names) > 0
             and all(same(weights(Path(one) / name), weights(Path(other) / name)) for name in names)
             and log(one) == log(other) and ours == theirs)
