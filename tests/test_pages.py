@@ -35,7 +35,7 @@ def sentences(page):
     for token in MarkdownIt("commonmark").enable("table").parse(page.read_text(encoding="utf-8")):
         in_table = token.type == "table_open" or in_table and token.type != "table_close"
         if token.type == "inline" and not in_table:
-            text = "".join({"text": part.content, "softbreak": " ", "code_inline": "code"}.get(
+            text = "".join({"text": part.content, "softbreak": " ", "code_inline": "Code"}.get(
                 part.type, "") for part in token.children)
             found += re.split(r"(?<=[.!?])\s+(?=[^a-z ])", text)
     return found
