@@ -75,7 +75,7 @@ ROWS = {  # script -> {run: (what is removed, flags or edit, what to expect)}
                               "peer != own and own in students"),
                          "a larger gap, so more pauses"),
         "switokd-online": ("learning together: a finished teacher", "--method kd",
-                           "by the paper's argument worse; the teacher has its own 12 epochs"),
+                           "by the paper's argument worse; KD at τ = 1, teacher of 12 epochs"),
         "alone-12": ALONE,
     },
     "trikd": {

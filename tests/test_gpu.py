@@ -313,9 +313,9 @@ def test_usable_gpu_decides_the_default_of_device(monkeypatch, capsys, part):
     if fails:
         monkeypatch.setattr(sys.modules[__name__] if part == "mark" else PretendedGPU, part,
                             Mock(side_effect=RuntimeError(f"{BROKEN}\nCompile with ...")))
-    with pretended_gpu():
+    with pretended_gpu(), pytest.MonkeyPatch.context() as patch:  # undone before the GPU is
         if part == "none":
-            monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+            patch.setattr(torch.cuda, "is_available", lambda: False)
         assert rco.parse_args([]).device.type == ("cuda" if well else "cpu")
         said = f"no GPU: {BROKEN}; the CPU is used\n" if fails else ""
         assert capsys.readouterr().out == said and common.usable_gpu() is well
