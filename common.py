@@ -84,6 +84,8 @@ def usable_gpu():
     """Whether a kernel runs on the first GPU; where torch has none for it, one line says so."""
     try:
         return torch.cuda.is_available() and bool(torch.zeros(1, device="cuda") + 1)
+    except torch.cuda.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         print(f"no GPU: {str(error).splitlines()[0]}; the CPU is used")
         return False
@@ -107,7 +109,7 @@ def base_parser(description, methods, files=None, networks=None, datasets=tuple(
         formatter_class=partial(Help, width=100))
     add, positive, part = parser.add_argument, number(float, 1e-9), number(float, 0, 1)
     natural, count = number(int, 0), number(int, 1)
-    devices = ["cuda"] * usable_gpu() + ["cpu"]
+    devices = ["cuda"] * torch.cuda.is_available() + ["cpu"]
     devices += ["mps"] * torch.backends.mps.is_available()
     add("--method", nargs="+", choices=methods, default=[*methods][:1], metavar="NAME",
         help="what to run, see below")
@@ -131,7 +133,7 @@ def base_parser(description, methods, files=None, networks=None, datasets=tuple(
     add("--momentum", type=part, metavar="M", help="of SGD")
     add("--weight-decay", type=number(float, 0), metavar="WD", help="L2 penalty, all parameters")
     add("--seed", type=natural, nargs="+", default=[0], metavar="S", help="several: a run of each")
-    add("--device", choices=devices, default=devices[0], help="where to compute")
+    add("--device", choices=devices, help="where to compute (the GPU, if it runs; else the CPU)")
     add("--precision", default="fp32", choices=("fp32", "bf16"), help="bf16 is autocast")
     add("--workers", type=count, default=8, metavar="N", help="processes that read imagenet")
     add("--out", type=Path, metavar="DIR", help="folder of the runs, else runs/SCRIPT-DATASET")
@@ -149,13 +151,13 @@ def parse(parser, defaults, argv=None):
     if (arguments.mean is None) != (arguments.std is None):
         parser.error("--mean and --std go together")
     files = [path.name for path in getattr(arguments, "teacher_weights", None) or ()]
-    numbered = [([int(digits) for digits in re.findall(r"\d+", name)], name) for name in files]
-    numbered = [one for one in numbered if one[0]]
-    for (first, one), (second, other) in zip(numbered, numbered[1:]):
-        if second < first:
+    for one, other in zip(files, files[1:]):  # names that differ in their numbers alone
+        digits = re.compile(r"\d+(?:\.\d+)?")
+        before, after = ([float(part) for part in digits.findall(name)] for name in (one, other))
+        if after < before and digits.sub("#", one) == digits.sub("#", other):
             parser.error(f"--teacher-weights: {one} stands before {other}; early states first (a * "
                          "sorts numbers as text)")
-    arguments.device = torch.device(arguments.device)
+    arguments.device = torch.device(arguments.device or ("cuda" if usable_gpu() else "cpu"))
     for name in np.hstack([arguments.teacher, arguments.student]).tolist():
         with torch.device("meta"):
             _build(name, 2, 32)  # an unknown one ends here
@@ -351,8 +353,8 @@ def load_data(arguments, validation=0.0):
         count = min(validation * train.sum().item(), 10_000)
         held = share(source, labels, min(1, count / max(1, source.sum().item())), generator)
         train = train & ~held
-    there = {*labels[train].tolist()} & {*labels[test].tolist()}
-    if missing := {*range(classes)} - there:
+    there = {*labels[train].tolist()} & {*labels[test].tolist()} | {*labels[unseen].tolist()}
+    if missing := {*range(len(names))} - there:
         raise InputError(f"{name}: class {names[min(missing)]} has no image left to train or to "
                          "test on; add some, or raise --train-fraction")
     if arguments.batch_size > train.sum():
@@ -484,9 +486,11 @@ def read_folder(folder, name, size):
         samples += [(str(held / "images" / line[0]), train.class_to_idx[line[1]])
                     for line in lines if {*names} & {*line[1:2]}]  # others count as left out
     elif held:
-        if odd := {*names} ^ of_test:
+        if odd := {*names} ^ (of_test - {"images"} if name == "tinyimagenet" else of_test):
             raise InputError(f"--data: class {min(odd)} is not in both train/ and {held.name}/")
         samples += Pictures(held).samples
+    if not samples:
+        raise InputError(f"--data {folder}: no pictures in the folders {', '.join(names[:4])}")
     images, labels = torch.arange(len(samples)), torch.tensor([label for _, label in samples])
     if name != "imagenet":
         if len({os.path.realpath(path) for path, _ in samples}) < len(samples):
@@ -704,9 +708,11 @@ def load_weights(network, path):
     if theirs.keys() != ours.keys() and [*theirs.values()] == [*ours.values()]:
         state, theirs = dict(zip(ours, (state[name] for name in theirs))), ours
     if theirs.items() ^ ours.items():
-        pairs = [(name, name if name in ours else other) for name, other in zip(theirs, ours)]
+        both = [name for name in theirs if name in ours]
         unlike = [f"; first, {name} {theirs[name][1:]} is not {other} {ours[other][1:]}"
-                  for name, other in pairs if theirs[name] != ours[other]]
+                  for name, other in (zip(both, both) if both else zip(theirs, ours))
+                  if theirs[name] != ours[other]]
+        unlike += [f"; it has no {name}" for name in ours if name not in theirs]
         raise InputError(f"{path} does not hold the weights of this network: it has {len(theirs)} "
                          f"tensors, expected are {len(ours)}{[*unlike, ''][0]}")
     if not all(value.isfinite().all() for value in state.values()):
@@ -1018,14 +1024,15 @@ class Record:
         for name, state in weights.items():
             save({key: value.cpu() for key, value in state.items()}, self.folder / f"{name}.pt")
         tests = [row["test"] for row in self.rows if row.get("test") is not None]
-        self.result = {
+        result = {
             "script": Path([*sys.argv, ""][0]).stem, "command": shlex.join(sys.argv),
             "commit": self.commit.strip(), "torch": torch.__version__, "arguments": self.settings,
             "threads": torch.get_num_threads(), "last_test": tests[-1], "best_test": max(tests),
             "seconds": sum(row["s"] for row in self.rows), **found, "rows": self.rows}
-        text = json.dumps(self.result, indent=1, allow_nan=False, default=lambda value: (
+        text = json.dumps(result, default=lambda value: (
             value.item() if hasattr(value, "item") else str(value)))  # torch's and numpy's numbers
-        save(text, self.folder / "result.json")
+        self.result = json.loads(text, parse_constant=lambda _: None)  # NaN, which JSON has not
+        save(json.dumps(self.result, indent=1), self.folder / "result.json")
         (self.folder / "checkpoint.pt").unlink(missing_ok=True)
 
 

@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import re
 import sys
+import warnings
 from collections import namedtuple
 from operator import attrgetter
 from pathlib import Path
@@ -138,7 +139,9 @@ def outcomes(method, name, module):
         torch.set_default_dtype(torch.float32)
         before, gradients, wanted = copied(leaves(arguments)), None, learning(leaves(arguments))
         try:
-            result = function(*arguments)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                result = function(*arguments)
             returned, after = leaves(result), copied(leaves(arguments))
             if not name.endswith("_step"):
                 after |= {(*where, "grad"): leaf.grad for where, leaf in wanted.items()}

@@ -54,7 +54,8 @@ def test_a_network_that_there_is_not(flag, name):
 
 
 def test_files_of_the_route_whose_numbers_say_nothing_against_their_order():
-    for files in ("a_9.pt a_10.pt", "best.pt a.pt", "a_1_seed3.pt a_2_seed3.pt final.pt"):
+    for files in ("a_9.pt a_10.pt", "best.pt a.pt", "a_1_seed3.pt a_2_seed3.pt final.pt",
+                  "e_40.pth e_80.pth resnet32x4_last.pth", "r56_60.pt r56.pt", "a0.71.pt a0.8.pt"):
         rco.parse_args(f"--device cpu --epochs 12 --teacher-weights {files}".split())
 
 
@@ -234,6 +235,7 @@ LAYOUT = "no classes .*; the layout is DIR/train/CLASS"
     (split("train", "test", classes=["ant"]), LAYOUT),
     ({**split("train"), **split("test", classes=("ant", "cat"))}, "class bee is not in both"),
     ({**GOOD, "train/cat/x.txt": b"x", "test/cat/x.png": RGB}, "class cat has no image left"),
+    (dict.fromkeys(["ant/0.heic", "bee/0.heic"], b"x"), "no pictures in the folders ant, bee"),
     ({**GOOD, "train/ant/2.png": b"no picture"}, "1 of 9 pictures: .*ant/2.png cannot be used"),
     ({**GOOD, **{f"train/bee/{n}.jpg": b"x" for n in range(2, 9)}},
      "7 of 15 pictures: .*2.jpg .*3.jpg .*4.jpg .*5.jpg .*6.jpg((?!7.jpg).)*$"),
@@ -251,6 +253,7 @@ def test_folders_that_are_refused_in_one_line(files, says, tmp_path):
     ("val/{}/{}.png", {}), ("val/images/{}/{}.png", {}), ("val/{}/images/{}.png", {}),
     ("val/{}/{}.png", {"val/val_annotations.txt": b"0.png\tant\n"}),
     ("val/images/{}/{}.png", {"val/val_annotations.txt": b"0.png\tant\n\n"}),
+    ("val/{}/{}.png", {"val/images/README": b"moved"}),
     ("val/images/{}{}.png", {"val/val_annotations.txt": b"ant0.png\tant\t1\nbee0.png\tbee\n\n"})])
 def test_tiny_imagenet_as_the_usual_scripts_leave_it(val, more, tmp_path):
     """val/ as it comes, or sorted into classes: then these count, whatever else was left."""
@@ -344,16 +347,19 @@ class Written(list):
     write = list.append
 
 
-@pytest.mark.parametrize("output", [Written(), None])
-def test_output_may_go_to_any_object_with_write(output, run, tmp_path, monkeypatch):
+@pytest.mark.parametrize("script, method, output", [
+    ("rco", "kd", Written()), ("rco", "kd", None),
+    ("tst", "TST --fit-steps 1 --search-at 0 --search-epochs 1", Written())])
+def test_output_may_go_to_any_object_with_write(script, method, output, run, tmp_path, monkeypatch):
     """As in IDLE, under Jupyter's %run, in a logger, or, None, in pythonw."""
     monkeypatch.setattr(sys, "stdout", output)
-    monkeypatch.setattr(sys, "argv", "rco.py --device cpu --method kd --epochs 2 --teacher resnet8 "
-                        f"--image-size 8 --out {tmp_path} --cache {run.cache}".split())
+    monkeypatch.setattr(sys, "argv", f"{script}.py --device cpu --method {method} --epochs 2 "
+                        f"--teacher resnet8 --image-size 8 --out {tmp_path} --cache {run.cache}"
+                        .split())
     monkeypatch.setattr(common, "SHAPES_TRAIN", 1300)  # more than 20 steps
-    common.run_script(rco.main)
+    common.run_script(sys.modules[script].main)
     assert output is None or "last-epoch test accuracy" in "".join(output)
-    assert "kd" in (tmp_path / "table.txt").read_text()
+    assert method[:3] in (tmp_path / "table.txt").read_text()
 
 
 IMPORTED = """

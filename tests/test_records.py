@@ -42,12 +42,14 @@ def test_a_record_keeps_every_row_and_headlines_the_last_epoch(tmp_path, capsys,
         mean.add({"ce": torch.tensor(1.0), "kl": None}, torch.eye(3)[[0, 2, 2]], LABELS[:3])
         mean.add({"ce": 2.0, "kl": 4.0}, torch.eye(3)[:1], LABELS[3:])  # right
         record.close_epoch({"lr": 0.0005, **mean.row(), "s": 1.0, "test": test}, 3)
-    record.finish({"student": {"w": torch.ones(2)}}, measures={"kl": 0.5})
+    record.finish({"student": {"w": torch.ones(2)}}, measures={"kl": 0.5, "nan": torch.nan})
+    assert record.result == result_of(record.folder) and "NaN" not in (
+        record.folder / "result.json").read_text()  # no JSON: null
     result, clock = result_of(record.folder), {"s": 0, "img/s": 0}
     assert {**result["rows"][1], **clock} == {  # ce: (3 * 1 + 1 * 2) / 4 images
         "epoch": 2, "lr": 0.0005, "ce": 1.25, "kl": 4.0, "train": 75.0, "test": 30.0, **clock}
     assert common.rows_of("a", result) == [{
-        "run": "a", "test": 20.0, "best": 30.0, "epochs": 3, "kl": 0.5,
+        "run": "a", "test": 20.0, "best": 30.0, "epochs": 3, "kl": 0.5, "nan": None,
         "seconds": pytest.approx(sum(row["s"] for row in result["rows"]))}]
     assert [{key: float(value) for key, value in row.items()} for row in log(record.folder)] == [
         {key: row[key] for key in row if key not in clock} for row in result["rows"]]

@@ -198,9 +198,11 @@ COLUMNS = [0, 0, 15, 15, 20, 20, 255, 255]
 def test_masks_of_colours_and_the_places_of_voc(tmp_path, capsys):
     """VOC's colours are its numbers; the folder, VOCdevkit or VOC2012 in it; the unknown share."""
     colours = of(COLUMNS)
-    colours.putpalette([int(part) for colour in script.COLOURS for part in colour])
+    palette = np.zeros((256, 3), int)
+    palette[script.VOC] = script.COLOURS
+    colours.putpalette(palette.flatten().tolist())
     place = voc(tmp_path, {"a": colours.convert("RGB"), "b": of(COLUMNS), "c": of(COLUMNS)})
-    assert script.COLOURS[[0, 1, 15, 20, 255]].tolist() == [  # of the development kit
+    assert script.COLOURS[[0, 1, 15, 20, 21]].tolist() == [  # of the development kit
         [0, 0, 0], [128, 0, 0], [192, 128, 128], [0, 64, 128], [224, 224, 192]]
     for folder in (tmp_path, place.parent, place):
         data = script.load_scenes(settings_of(f"--data {folder} --image-size 8 --dataset voc"))
@@ -219,12 +221,12 @@ def turned_picture():
 @pytest.mark.parametrize("mask, picture, says", [
     (of([0, 255] * 4), None, None), (of([0, 3] * 4, "P"), None, None),
     (of([0, 100] * 4), None, "a.png has pixels of no class, with the values .*100"),
-    (of([0, 100] * 4, "RGB"), None, "a.png has pixels of no class"),
+    (of([0, 100] * 4, "RGB"), None, r"a.png has a colour of no class, \[100, 100, 100\]"),
     (of([0, 255] * 4, "1"), None, "a.png has mode 1; a mask"),
     (of([0, 255] * 4, "RGBA"), None, "a.png has mode RGBA"),
     (of([0, 255] * 4).convert("I;16"), None, "a.png has mode I;16"),
     (of([0, 1] * 4), Image.new("RGB", (8, 6)), r"a.png is \(8, 8\), its picture \(8, 6\)"),
-    (of([0, 1] * 4), turned_picture(), "or turned by EXIF"),
+    (of([0, 1] * 4), turned_picture(), "is turned by EXIF"),
     (of([255] * 8), None, "no pixel of the training or of the test images has a label")])
 def test_masks_that_do_not_fit_are_one_line(mask, picture, says, tmp_path):
     voc(tmp_path, {"a": mask, "b": mask, "c": mask}, picture)
