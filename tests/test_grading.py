@@ -105,7 +105,7 @@ WRONG = [  # a body in place of the script's; what must be said
     ("rco", "kd_loss", KD.format("teacher_logits.detach()", f"({LOSS}).detach(), ce, kl"),
      "right value, but what it returns at 0 has no gradient"),
     ("rco", "kd_loss", KD.format("teacher_logits.detach()", f"{LOSS} ^ 2, ce, kl"),
-     "NotImplementedError: \"bitwise_xor"),
+     "not implemented for"),
     ("rco", "kd_loss", "return kd_loss(student_logits, teacher_logits, labels, weight, 4.0)",
      "RecursionError"),
     ("rco", "next_anchor", "return float(len(kl))", "returns a float, not a whole number"),
@@ -195,16 +195,17 @@ def test_what_hangs_or_ends_the_process_costs_its_own_row(start, tmp_path, monke
     if start not in grading.multiprocessing.get_all_start_methods():
         pytest.skip(f"no {start} here")
     monkeypatch.setattr(grading, "SECONDS", 1)
-    names = ["scaled_kl", "triplet_loss", "label_shares", "train_step"]
-    bodies = iter(("import trikd\n    return trikd.scaled_kl(target_logits, logits, temperature)",
-                   "while True: print('loud')", "import os\n    os._exit(0)"))
-    text = exercise.blanked(text_of("trikd"), names[:3])
-    for body in bodies:
+    bodies = {"scaled_kl": "import trikd\n    return trikd.scaled_kl(target_logits, logits, 1.0)",
+              "triplet_loss": "import os\n    os._exit(0)",
+              "label_shares": "while True: print('loud')"}
+    names = [*bodies][:3 if start == "fork" else 2] + ["train_step"]  # a spawn takes seconds
+    text = exercise.blanked(text_of("trikd"), bodies)
+    for body in bodies.values():
         text = text.replace("raise NotImplementedError", body, 1)
     (tmp_path / "answer.py").write_text(text, encoding="utf-8-sig")
     rows = grading.rows("trikd", tmp_path / "answer.py", names, start)
-    assert [row["says"][-27:] for row in rows] == [
-        "halted; None in sys.modules", "no answer within 1 s", "ends the program", ""]
+    said = ["halted; None in sys.modules", "ends the program", "no answer within 1 s", ""]
+    assert [row["says"][-27:] for row in rows] == said[:len(names) - 1] + said[3:]
 
 
 @pytest.mark.parametrize("method", exercise.METHODS)
