@@ -161,7 +161,7 @@ def routes():
         ([1.0, 1.2, 2.5, 3.0, 1.0], 1), ([1.0, 3.0, 3.1, 3.2, 1.0], 1),
         ([1.0, 2.0, 2.1, 4.0, 9.0], 2), ([4.0, 5.0, 6.0, 9.0, 1.0], 1),
         ([1.0, 1.1, 1.2, 1.3, 9.0], 1), ([4.0, 0.1, 0.2, 9.0], 1))] + [
-            ([1.0, 1.5, 1.5, 1.5, 1.5], 1, 0.5)]
+            ([1.0, 1.5, 1.5, 1.5, 1.5], 1, 0.5), ([1.0, 1.2, 1.5, 1.79, 1.81, 2.5], 1, 0.4)]
 
 
 CASES = {
@@ -196,8 +196,9 @@ CASES = {
             (*z(0), z(1, 2), y()), *[(*z(0), z(*peers), y(), 2.0) for peers in ((1,), (1, 2), ())],
             (*z(0), z(1, dtype=WIDE, shape=(6, 1)), y(), 2.0)],
         "pair_of": lambda: [
-            (near * z(0)[0].data, 3 * z(1)[0].data, y(), 2.0, fixed)
-            for near in (0.1, 4) for fixed in (None, 0.0, 0.1, 9.0)],
+            (*z(0, grad=False), nn.functional.one_hot(y()) + 0.1 * z(1)[0].data, y(), 2.0, 0.0),
+            *[(near * z(0)[0].data, 3 * z(1)[0].data, y(), 2.0, fixed)
+              for near in (0.1, 4) for fixed in (None, 0.1, 9.0)]],
         "train_step": lambda: [
             switokd_step([0], [1]), switokd_step([0], [1], fixed=-1.0),
             switokd_step([1], [0], fixed=-1.0), switokd_step([0], [1], finished=True),
@@ -246,8 +247,10 @@ CASES = {
         "relaxed_bernoulli": lambda: [
             (*z(0, shape=(14,)), 0.5, seeded()), (*z(0), 2.0, seeded()),
             (torch.zeros(20_000), 20.0, seeded(146))],  # of which one u is below 1e-6
-        "augmentation_loss": lambda: [(*z(0, 1), y()), *pairs(y(), "non_saturating"),
-                              (*z(0, 1), y(), "negative_ce"), (*z(0, 1), y(), "no such term")],
+        "augmentation_loss": lambda: [
+            (*z(0), 60 * nn.functional.one_hot(y()).float(), y()), (*z(0, 1), y()),
+            *pairs(y(), "non_saturating"), (*z(0, 1), y(), "negative_ce"),
+            (*z(0, 1), y(), "no such term")],
         "distillation_loss": lambda: [(*z(0, 1), y()), *pairs(y(), 0.7, 3.0)],
         "to_bytes": lambda: [
             (torch.full((1, 3, 2, 2), 2.5), torch.zeros(1), torch.full((1,), 1 / 255)),
