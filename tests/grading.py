@@ -49,7 +49,7 @@ def script(method, old="", new=""):
 
 def defined(node):
     """The names that a statement at the top of a file, or of a class, defines."""
-    if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
         return {node.name}
     if isinstance(node, (ast.Import, ast.ImportFrom)):
         return {(alias.asname or alias.name).split(".")[0] for alias in node.names}
@@ -77,13 +77,15 @@ def answered(method, name, tree, file):
     if not found:
         raise LookupError(f"there is no {name} in the file")
     delattr(getattr(module, owner[0]) if owner else module, function)  # so that none can call it
+    functions = {key for key, value in vars(module).items() if inspect.isfunction(value)}
     own, helpers = found[-1:], []
     if owner:
         there = {*dir(getattr(module, owner[0])), function}
         own = [node for node in body if defined(node) - there] + own
     for _ in tree.body:  # helpers of helpers
         wanted = named([*own, *helpers]) - {*vars(module)}
-        helpers = [node for node in tree.body if defined(node) & wanted]
+        helpers = [node for node in tree.body
+                   if defined(node) & wanted and not defined(node) & functions]
     if owner:  # a subclass, under the name of its class
         own = [ast.ClassDef(owner[0], [ast.Name(owner[0], ast.Load())], [], own, [])]
     tree = ast.fix_missing_locations(ast.Module([*helpers, *own], []))

@@ -180,6 +180,9 @@ def mine(s, t, T):
     text = text_of("rco").replace("def kd_loss", "def kd_los")
     assert graded("rco", "kd_loss", text) == ((0, 6), "there is no kd_loss in the file")
     assert graded("rco", "softened_kl", text)[1] == ""
+    text = text_of("rco").replace("def kd_loss", "async def kd_loss")
+    assert graded("rco", "kd_loss", text)[1] == "returns a coroutine, not 3 values"
+    assert graded("rco", "train_step", text)[1] == ""
     head = "class CosineConv1x1(nn.Module):\n"
     text = text_of("letkd").replace(head, head + """
     length = 1.0
