@@ -195,6 +195,8 @@ def test_threshold_and_mode_by_hand():
         for other in ((2, 4), (1, 3), (2, 1), (3,)):  # broadcasting would hide it
             with pytest.raises(ValueError, match="must be one shape|for logits of"):
                 function(torch.zeros(2, 3), torch.zeros(other, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"logits of \(3, 3, 3, 3\)"):
+        switokd.label_distance(torch.zeros(3, 3, 3, 3), torch.zeros(3, dtype=torch.long))
 
 
 @pytest.mark.parametrize("topology", NAMES)
