@@ -672,12 +672,17 @@ def _build(name, classes, image_size):
     return Network(nn.Sequential(*stem), stages, nn.Sequential(*neck), head)
 
 
-def frozen(network):
-    """A deep copy, batch-norm statistics included, in eval mode, that gets no gradient."""
-    return copy.deepcopy(network).eval().requires_grad_(False)
+def frozen(network, precision="fp32"):
+    """A deep copy, batch-norm statistics included, in eval mode, that gets no gradient. With "bf16"
+    for use under `autocast` alone, which would cast its weights anew in every step."""
+    twin = copy.deepcopy(network).eval().requires_grad_(False)
+    for module in twin.modules() if precision == "bf16" else ():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            module.bfloat16()
+    return twin
 
 
-def folded(network):
+def folded(network, precision="fp32"):
     """`frozen`, and every batch norm merged into the convolution before it: the same outputs but
     for the last digits, in less time; for a teacher that will never learn again."""
     twin = frozen(network)
@@ -687,7 +692,7 @@ def folded(network):
             if isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
                 setattr(module, name, nn.utils.fuse_conv_bn_eval(convolution, norm))
                 setattr(module, after, nn.Identity())
-    return twin.eval().requires_grad_(False)
+    return frozen(twin, precision)
 
 
 def load_weights(network, path):

@@ -213,6 +213,25 @@ def test_frozen_and_folded_copies_give_the_same_logits_and_stay(name):
         assert not any(parameter.requires_grad for parameter in copy.parameters())
 
 
+@pytest.mark.parametrize("make", [common.frozen, common.folded])
+def test_a_frozen_network_for_bf16_is_cast_once(make):
+    """Logits and the images' gradients as if autocast had cast it anew, to the bit; batch norms
+    stay in float32, as under autocast, and so do copies for fp32 and the network."""
+    model, found = common.build_model("wrn_16_1", 10, 32), []
+    images = random_images(4).requires_grad_()
+    for copy in (make(model), make(model, "bf16")):
+        with torch.autocast("cpu", torch.bfloat16), torch.profiler.profile() as trace:
+            logits = copy(images)
+        names = [event.name for event in trace.events()]
+        found.append((logits, *torch.autograd.grad(logits.square().sum(), images),
+                      names.count("aten::_to_copy"), [one.dtype for one in copy.parameters()]))
+    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
+    (_, _, before, _), (_, _, after, dtypes) = found
+    assert before - after == dtypes.count(torch.bfloat16) > 16 and torch.float32 in dtypes
+    assert {value.dtype for value in (*model.parameters(), *make(model).parameters())} == {
+        torch.float32}
+
+
 def test_evaluation_equals_counting_by_hand():
     """More than one batch of 500, with a last single image; labels below 0 are unknown."""
     images, _, _ = common.make_shapes(501, seed=4)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import (
     ce, folder_of, kl, log, log_p, refused, result_of, same, shapes_data, table, tensor, weights)
+from test_gpu import leaves, pretended_gpu, there
 from torch import nn
 
 import common
@@ -247,6 +248,23 @@ def test_route_holds_the_states_of_one_run_which_may_be_files(once, run, tmp_pat
     assert same(given.student, trace.student) and given.result["plan"] == trace.result["plan"]
 
 
+def test_of_the_route_only_what_is_in_use_lies_on_a_gpu(run, tmp_path, monkeypatch):
+    """`teacher_route` leaves it on the CPU, where it is at the end; a step's anchor is a copy."""
+    seen = []
+
+    def spy(name):
+        function = getattr(rco, name)
+        monkeypatch.setattr(rco, name, lambda *args: seen.append(args) or function(*args))
+
+    with pretended_gpu():
+        spy("train"), spy("train_step")
+        run("rco", tmp_path, "--device cuda --epochs 4 --anchors 2 --method eei")
+        (_, _, route, _), *steps = seen
+        assert len(route) == 4 and len(steps) >= 4
+        assert not any(map(there, leaves([one.state_dict() for one in route.values()])))
+        assert all(there(value) for step in steps for value in step[1].state_dict().values())
+
+
 @pytest.mark.parametrize("flags", ["--epochs 50 --anchors 7", "--epochs 7", "--dataset folder"])
 def test_route_keeps_what_every_method_needs(flags, monkeypatch):
     """All methods with their usual N share one route, also for odd E; C_E is its last state."""
@@ -340,8 +358,8 @@ def test_compare(transfer, left_out, run, tmp_path):
 
 
 @pytest.mark.parametrize("flags, says", [
-    ("--method 'kd on logits'", "kd on logits is nothing of"),
-    ("--method greedy --transfer mimic", "greedy is nothing of its own with --transfer mimic"),
+    ("--method 'kd on logits'", "kd on logits is no row of"),
+    ("--method greedy --transfer mimic", "greedy is no row of --transfer mimic"),
     ("--teacher-weights a b --epochs 3", "their number divides --epochs")])
 def test_argument_errors_are_one_line(flags, says, capsys):
     assert says in refused("rco", flags, capsys)
