@@ -4,6 +4,8 @@ Loader: images per second of the batched crop and flip against torchvision's per
 Step: one training step as the script runs it, loader and record included, against its floor: on
 ready tensors the forwards of the frozen networks, and forward, backward and optimiser step of those
 that learn, by cross-entropy; in TST on what the augmenter makes of them. The two take turns.
+With --device cuda also, of a step and of its floor: kernels and copies, their ms, the ms in which
+the host sends them, how often it waits, peak memory (written without a GPU, not run on one yet).
 """
 
 import argparse
@@ -14,6 +16,7 @@ import itertools
 import statistics
 import sys
 import time
+import warnings
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -45,6 +48,26 @@ def in_turns(ours, other, device):
     ours(), other()
     pairs = [(seconds(ours), seconds(other)) for _ in range(7)]
     return (*map(statistics.median, zip(*pairs)), statistics.median(a / b for a, b in pairs))
+
+
+def on_gpu(epoch, steps):
+    """Of a step of `epoch`: kernels and copies, their ms, the host's ms, waits; and peak MiB."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    with warnings.catch_warnings(record=True) as waits:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        start = time.perf_counter()
+        epoch()
+        host = time.perf_counter() - start
+        torch.cuda.set_sync_debug_mode("default")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
+        epoch()
+        torch.cuda.synchronize()
+    kernels = [event.device_time_total for event in trace.events()
+               if event.device_type == torch.autograd.DeviceType.CUDA]  # microseconds
+    every = (len(kernels), sum(kernels) / 1000, 1000 * host, len(waits))
+    return *(value / steps for value in every), torch.cuda.max_memory_allocated() / 2**20
 
 
 def loader(device, count=4096, batch=64):
@@ -112,7 +135,7 @@ class Setting:
 # Each returns the networks that learn, those that are frozen, a step of the script and, where the
 # networks see other images than those of the batch, the floor's `inputs`.
 def rco_step(of):
-    teacher = common.frozen(of.teacher)
+    teacher = common.folded(of.teacher, of.flags.precision)
     student = rco.build_student(of.data, teacher.features, of.flags)
     sgd = of.sgd(student)
     return [student], [teacher], lambda *batch: rco.train_step(
@@ -130,15 +153,17 @@ def switokd_step(of):
 
 
 def trikd_step(of):
-    anchor, both = common.frozen(of.student), trikd.new_learners(1, of.data, of.flags)
+    both = trikd.new_learners(1, of.data, of.flags)
+    anchor = common.frozen(of.student, of.flags.precision)
     weights, sgd = {role: trikd.weights_of(role, of.flags) for role in both}, of.sgd(both)
     return [*both.values()], [anchor], lambda *batch: trikd.train_step(
         both["student"], both["teacher"], anchor, sgd, *batch, weights, of.flags)
 
 
 def letkd_step(of):
-    teacher, flags, C = common.frozen(of.teacher), of.flags, of.data.classes
-    targets = [*letkd.fit_targets(teacher, of.data, flags).values()]
+    flags, C = of.flags, of.data.classes
+    targets = [*letkd.fit_targets(of.teacher, of.data, flags).values()]
+    teacher = common.folded(of.teacher, flags.precision)
     student = letkd.build_student(flags.student, C, of.data.image_size, C * flags.per_class,
                                   flags.words).to(flags.device)
     sgd = of.sgd(student)
@@ -148,7 +173,8 @@ def letkd_step(of):
 
 def tst_step(of):
     """Stage III: the student on B augmented and B original images."""
-    teacher, sgd, draws = common.frozen(of.teacher), of.sgd(of.student), torch.Generator()
+    teacher = common.folded(of.teacher, of.flags.precision)
+    sgd, draws = of.sgd(of.student), torch.Generator()
     encoders = [tst.ColorEncoder() if i < tst.COLOR else tst.GeometricEncoder()
                 for i in range(tst.MOVABLE)]
     augmenter = tst.Augmenter(encoders, of.data.mean, of.data.std).to(of.flags.device)
@@ -186,12 +212,15 @@ def main():
             with contextlib.redirect_stdout(io.StringIO()):
                 of = Setting(script, method, device, precision, *pair, steps)
                 learners, frozen, step, *inputs = step_of(of)
-            mine, floor, ratio = in_turns(
-                functools.partial(of.step, step), functools.partial(
-                    of.floor, of.sgd(*learners), learners, frozen, *inputs), device)
+            both = (functools.partial(of.step, step), functools.partial(
+                of.floor, of.sgd(*learners), learners, frozen, *inputs))
+            mine, floor, ratio = in_turns(*both, device)
             label = "{} {} -> {}, {}, {}".format(script.__name__, *pair)
             print(f"  {label:52} {precision:5} {1000 * mine / steps:6.1f} "
                   f"{1000 * floor / steps:7.1f} {ratio:6.2f}", flush=True)
+            for name, epoch in zip(("step", "floor"), both) if cuda else ():
+                print("    {:10} {:6.0f} kernels {:6.2f} ms, host {:6.2f} ms, {:4.1f} waits, peak "
+                      "{:.0f} MiB".format(name, *on_gpu(epoch, steps)), flush=True)
 
 
 if __name__ == "__main__":
