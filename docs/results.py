@@ -2,8 +2,7 @@
 
     python docs/results.py --commands DATA FOLDER SEED ...    print the commands, a line each
     python docs/results.py FOLDER    keep the records of the runs that have ended in docs/results/,
-                                     then write the tables of docs/results.md (and README.md, if
-                                     it has a block `short table`)
+                                     then write the tables of PAGES
     python docs/results.py           the tables alone, from docs/results/; and the plot, where
                                      matplotlib is installed
     python docs/results.py end ...   the same two for the second protocol, of docs/protocol.md
@@ -26,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from letkd import build_student  # noqa: E402
 
-RECORDS = ROOT / "docs" / "results"
+RECORDS, PAGES = ROOT / "docs" / "results", ("docs/results.md", "docs/protocol.md", "README.md")
 FLAGS = "--dataset folder --data {data} --image-size 16 --train-fraction 0.4"  # else the defaults
 E = 15  # epochs of the student, the default
 RCO = "rco.py --epochs 30"  # the finished teacher's epochs; for letkd.py and tst.py it is a file:
@@ -106,6 +105,21 @@ SMALL = {  # table: rows of label, run, control; and columns from the runs' meas
              ("TriKD, generation 1", "few-trikd", "few-mutual")], ("s_gap", "teacher", "t_gap")),
 }
 
+DIFFERENCES = [  # that the prose speaks of and the table does not have: label, run, other
+    ("alone 75 - KD 30", "alone-75", "kd-30"), ("alone 75 - KD 45", "alone-75", "kd-45"),
+    ("alone 75 - KD 60", "alone-75", "kd-60"), ("alone 75 - RCO eei 60", "alone-75", "eei-60"),
+    ("SwitOKD 15 - alone 15", "switokd", "alone-15"),
+    ("mutual learning 45 - alone 45", "mutual-45", "alone-45"),
+    ("TriKD generation 1 - alone 30", "trikd 1", "alone-30"),
+    ("TriKD generation 2 - alone 45", "trikd 2", "alone-45"),
+    ("TriKD generation 2 - generation 1", "trikd 2", "trikd 1"),
+    ("TriKD generation 1 - never paused 15", "trikd 1", "mutual-15"),
+    ("LetKD-1 - unsupervised layers (two)", "letkd-1", "unsupervised"),
+    ("LetKD-2 - unsupervised layers (two)", "letkd-2", "unsupervised"),
+    ("unsupervised layers (two) - alone 15", "unsupervised", "alone-15"),
+    ("TST - alone 30, on as many images", "tst", "alone-30"),
+]
+
 # The second protocol, trained to the end: docs/protocol.md. Its runs stand in the order to run in:
 # the first trains the finished teacher and the student alone; the long ones come late; the last
 # two, of SwitOKD, wait for its grid.
@@ -163,9 +177,9 @@ END_SMALL = {
 
 # prefix: of the names of its records' files and of its blocks in the pages
 FIRST = SimpleNamespace(prefix="", flags=FLAGS, taken=TAKEN, grid=GRID, runs=RUNS, rows=ROWS,
-                        small=SMALL, short=SHORT)
+                        small=SMALL, short=SHORT, differences=DIFFERENCES)
 END = SimpleNamespace(prefix="end-", flags=END_FLAGS, taken=END_TAKEN, grid=END_GRID,
-                      runs=END_RUNS, rows=END_ROWS, small=END_SMALL, short=())
+                      runs=END_RUNS, rows=END_ROWS, small=END_SMALL, short=(), differences=[])
 
 
 # --------------------------------------------------------------------------------------- commands
@@ -386,6 +400,9 @@ def blocks(protocol=FIRST):
     long, short = main_tables(found, protocol)
     tuning = tuning_table(found.get(TUNING, {}), protocol)
     small = {name: small_table(found, *table) for name, table in protocol.small.items()}
+    pairs = [[label, *of_row(found, run, other)[1]] for label, run, other in protocol.differences]
+    small["differences"] = markdown(2 * ["difference", "points [95 %]"],
+                                    [one + two for one, two in zip(pairs[::2], pairs[1::2])])
     return {f"{protocol.prefix}{name}": block for name, block in {
         "table": long, "short table": short, "tuning": tuning, **small}.items()}
 
@@ -432,7 +449,7 @@ def main(arguments):
         return
     if arguments:
         collect(Path(arguments[0]), protocol)
-    for page in ("docs/results.md", "docs/protocol.md", "README.md"):
+    for page in PAGES:
         path = ROOT / page
         path.write_text(filled(path.read_text(), blocks(FIRST) | blocks(END)))
     try:

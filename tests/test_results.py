@@ -24,14 +24,135 @@ def holds(text, name, block):
 
 
 def test_the_pages_hold_what_the_records_say():
-    page, readme = ((ROOT / name).read_text() for name in ("docs/results.md", "README.md"))
+    pages = [(ROOT / name).read_text() for name in results.PAGES]
+    readme = pages[-1]
     for name, block in results.blocks().items():
-        holds(readme if name == "short table" else page, name, block)
+        page, = (text for text in pages if f"<!-- {name} -->" in text)
+        holds(page, name, block)
     kept = json.loads(ablations.KEPT.read_text())
     holds(readme, "embedded", ablations.embedded(kept))
     for script, rows in ablations.ROWS.items():
         holds((ROOT / f"docs/{script}.md").read_text(), "removed", ablations.table(script, kept))
         assert all(len(kept[run]["test"]) == len(ablations.SEEDS) for run in rows)
+
+
+FOUND = results.records()
+TABLE = {seed: runs for seed, runs in FOUND.items() if seed != results.TUNING}
+
+
+def gap(ours, theirs, sign=1, of=lambda record: record["test"]):
+    """(mean, low, high) of the paired differences, as `results.difference` has them."""
+    pairs = [[of(runs[ours]), of(runs[theirs])] for runs in TABLE.values()
+             if ours in runs and theirs in runs]
+    text = results.difference(*(zip(*pairs) if sign > 0 else [*zip(*pairs)][::-1]))
+    return [float(number) for number in re.findall(r"[-+][\d.]+", text)]
+
+
+def mean(run, measure=None):
+    values = [runs[run]["measures"][measure] if measure else runs[run]["test"]
+              for runs in TABLE.values() if measure is None or measure in runs[run]["measures"]]
+    return sum(values) / len(values)
+
+
+def shares(run, other):
+    """Of the multiply-adds of `other`, smallest and largest share that `run` saves, in %."""
+    saved = [100 * (1 - results.compute(runs[run]) / results.compute(runs[other]))
+             for runs in TABLE.values()]
+    return min(saved), max(saved)
+
+
+def teacher(record):
+    return record["measures"].get("teacher", record["test"])
+
+STUDENT, TEACHER = TABLE[1]["kd-15"]["multiply_adds"]
+PROSE = {  # of docs/results.md and README.md: the text, with {} for what follows from the records
+    "ahead of the student alone at equal epochs, by {:.1f} [{:.1f}, {:.1f}] at 15":
+        gap("kd-15", "alone-15"),
+    "At equal compute it is {:.1f} behind": gap("alone-75", "kd-15"),
+    "its own control: RCO {:+.1f} [{:+.1f}, {:+.1f}], LetKD {:+.1f} [{:+.1f}, {:+.1f}], TST {:+.1f}"
+    " [{:+.1f}, {:+.1f}]": gap("eei", "kd-restarts") + gap("letkd-2", "heads")
+        + gap("tst", "random"),
+    "TriKD is {:.1f} [{:.1f}, {:.1f}] below": gap("trikd 1", "mutual-30", -1),
+    "costs 1/{:.0f} of its multiply-adds": [TEACHER / STUDENT],
+    "both train: {:.1f}, {:.1f} and {:.1f} points at 15, 30 and 45": [
+        gap(f"kd-{E}", f"alone-{E}")[0] for E in (15, 30, 45)],
+    "as 15 of KD, and are {:.1f} points ahead": gap("alone-75", "kd-15"),
+    "costs a {:.0f}th of its teacher": [TEACHER / STUDENT],
+    "one-stage barely: {:+.1f} [{:+.1f}, {:.1f}]": gap("one-stage", "kd-30"),
+    "cost KD {:.1f} points": gap("kd-restarts", "kd-15", -1),
+    "But that is {:+.1f} [{:+.1f}, {:+.1f}]": gap("eei", "kd-restarts"),
+    "(mean G {:.2f} to {:.2f})": [edge(runs["switokd"]["measures"]["gap"]
+                                       for runs in TABLE.values()) for edge in (min, max)],
+    "It is {:.1f} points below KD": gap("switokd", "kd-15", -1),
+    "is behind KD: {:.1f} points at 45 epochs. There": gap("mutual-45", "kd-45", -1),
+    "the online teacher has {:.1f} %, near KD's {:.1f}": [
+        mean("mutual-45", "teacher"), mean("teacher-30")],
+    "At as many epochs {:.1f} and {:.1f} points below mutual learning": [
+        gap(f"trikd {g}", f"mutual-{15 * (g + 1)}", -1)[0] for g in (1, 2)],
+    "generation 1 is {:.1f} points ahead, its teacher {:.1f} behind": [
+        gap("trikd 1", "mutual-15")[0], gap("trikd 1", "mutual-15", -1, teacher)[0]],
+    "Supervision, two layers: {:+.1f} [{:+.1f}, {:+.1f}]": gap("letkd-2", "unsupervised"),
+    "KD on logits is {:.0f} to {:.0f} points ahead": [
+        gap(f"letkd-{layers}", "kd-15", -1)[0] for layers in (1, 2)],
+    "{:.1f} points below KD on as many plain originals": gap("tst", "kd-2b", -1),
+    "teacher {:.3f} to {:.3f}, student {:.3f} to {:.3f}": [
+        mean("tst", f"{who}_{when}") for who in "TS" for when in ("before", "after")],
+    "save {:.0f} to {:.0f} % of the multiply-adds": shares("firing", "firing-never"),
+    "The teacher loses {:.1f} points [{:+.1f}, {:+.1f}]": [
+        gap("firing", "firing-never", -1, teacher)[0],
+        *gap("firing", "firing-never", 1, teacher)[1:]],
+    "gains nothing ({:+.2f} [{:+.2f}, {:+.2f}])": gap("firing", "firing-never"),
+    "chain is {:.1f} points below the student alone of as many epochs [{:.1f}, {:.1f}]":
+        [gap("few-trikd", "alone-80", -1)[0], *gap("few-trikd", "alone-80")[1:]],
+    "and {:.1f} below mutual learning [{:.1f}, {:.1f}]":
+        [gap("few-trikd", "few-mutual", -1)[0], *gap("few-trikd", "few-mutual")[1:]],
+    "tried first, gave {:.2f} and {:.2f}": [FOUND[9][f"RCO-{N}"]["test"] for N in (8, 15)],
+    "15 epochs of KD, and is {:.1f} points ahead": gap("alone-75", "kd-15"),
+}
+GIVEN = {  # what the prose says of protocols and machines
+    "docs/results.md": "0 1 2 3 4 5 7 8 10 15 24 30 40 45 60 64 75 80 95 512 5,000 10,000 20,000 "
+                       "0.05 0.4 0.9 2.14.1",
+    "docs/protocol.md": "0 1 2 3 4 5 6 7 8 9 10 15 16 24 30 45 64 75 95 120 0.2 0.5 0.8 5,000 "
+                        "10,000 16,000",
+    "README.md": "1 4 6 10 12 15 16 20,000 75"}
+
+
+def prose(page):
+    """Without blocks, code and commands, in one line."""
+    text = (ROOT / page).read_text()
+    if page == "README.md":
+        text = text.partition("**Real images")[2].partition("## Running")[0]
+    text = re.sub(r"<!-- (?!end).*?<!-- end -->|```.*?```|`[^`]*`", " ", text, flags=re.DOTALL)
+    return " ".join(text.split())
+
+
+def test_every_number_of_the_prose_follows_from_the_records():
+    """Each of PROSE stands in a page, and a number beside them is one of GIVEN."""
+    pages = {page: prose(page) for page in GIVEN}
+    for words, values in PROSE.items():
+        said = words.format(*values)
+        assert any(said in text for text in pages.values()), said
+        pages = {page: text.replace(said, " ") for page, text in pages.items()}
+    for page, text in pages.items():
+        numbers = re.findall(r"(?<![\w.,])[-+]?\d+(?:[.,]\d+)*(?!\w)", text)
+        assert {*numbers} <= {*GIVEN[page].split()}, page
+
+
+def test_what_the_prose_calls_ahead_and_level():
+    """Ahead: the interval is above 0. Level: it contains 0, and the mean is below a point."""
+    behind = {run for run, record in TABLE[1].items() if record["epochs"] in (15, 30)
+              and run not in ("teacher-30", "kd-30")}
+    assert all(gap("alone-75", run)[1] > 0 for run in behind) and len(behind) == 18
+    for pair in [("alone-75", run) for run in ("kd-45", "kd-60", "eei-60")] + [
+            ("eei", "kd-15"), ("eei-60", "kd-60"), ("tst", "random"), ("tst", "alone-30"),
+            ("trikd 2", "trikd 1"), ("letkd-1", "heads-1"), ("letkd-2", "heads")]:
+        middle, low, high = gap(*pair)
+        assert low < 0 < high and abs(middle) < 1, pair
+    for ours, theirs in (("alone-75", "kd-30"), ("eei", "kd-restarts"), ("letkd-2", "unsupervised"),
+                         ("unsupervised", "alone-15"), ("firing", "firing-never")):
+        assert gap(ours, theirs)[1] < 0 < gap(ours, theirs)[2], ours  # open
+    assert all(gap(run, kd)[1] < 0 for _, run, kd, _ in results.ROWS if kd and run != "kd-2b")
+    assert abs(results.compute(TABLE[1]["alone-75"]) / results.compute(TABLE[1]["kd-15"]) - 1) < 0.1
 
 
 def parsed(command):
