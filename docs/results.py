@@ -124,7 +124,7 @@ DIFFERENCES = [  # that the prose speaks of and the table does not have: label, 
 # the first trains the finished teacher and the student alone; the long ones come late; the last
 # two, of SwitOKD, wait for its grid.
 END_FLAGS = "--dataset folder --data {data} --image-size 16 --train-fraction 0.1"
-END_TAKEN = {**TAKEN, "RCO": 4, "SwitOKD": 1}  # N: the paper's; tau: by the grid, until then 1
+END_TAKEN = {**TAKEN, "RCO": 4, "SwitOKD": 2}  # N: the paper's; tau: by the grid
 END_RCO = f"rco.py --epochs 120 {T}"  # the finished teacher's epochs; the student's are in a stage
 END_KD = f"{END_RCO} --method 'kd long' --anchors 1 --stage-epochs"
 OF_TEACHER = "--epochs 120 --teacher-weights {place}/cache/folder-resnet20-120-*/epoch-0120.pt"
