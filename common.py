@@ -940,7 +940,7 @@ def cached(name, settings, make):
 @cache
 def source_of(file):
     """The texts of a module and of all that it imports of this project, as they are at first."""
-    finder = ModuleFinder([str(Path(__file__).parent)])
+    finder = ModuleFinder([str(Path(__file__).parent), str(Path(file).parent)])
     finder.run_script(file)
     return {Path(module.__file__).read_bytes() for module in finder.modules.values()
             if module.__file__}

@@ -36,7 +36,7 @@ def settings_of(flags=""):
 
 def augmenter_of(*operations):
     """With gate 1 for these operations, 0 for others."""
-    augmenter = plain_augmenter(script.PixelAugmenter, operations=14)
+    augmenter = plain_augmenter(script.Augmenter, operations=14)
     augmenter.theta_p.data.fill_(-1e5)
     augmenter.theta_p.data[[tst.OPERATIONS.index(name) for name in operations]] = 1e5
     return augmenter
@@ -61,7 +61,7 @@ def test_labels_move_with_their_image():
 
 def test_the_warp_reaches_theta_and_is_eqs_20_and_21():
     """Soft gates of the geometric operations, with noise; the nearest label by hand."""
-    augmenter = plain_augmenter(script.PixelAugmenter, operations=14, temperature=5.0)
+    augmenter = plain_augmenter(script.Augmenter, operations=14, temperature=5.0)
     augmenter.transform = lambda i, images, *_: images
     for encoder in augmenter.encoders[MOVED]:
         encoder.W.data.normal_(0, 0.1, generator=generator(3))
@@ -101,7 +101,7 @@ def test_mean_iou_against_a_hand_made_case():
     truth = torch.tensor([[[0, 0, 0], [1, 2, U]]])
     said = F.one_hot(torch.tensor([[[0, 0, 1], [1, 0, 1]]]), 4).movedim(3, 1).float()
     scored = torch.nn.Identity(), Namespace(batches=lambda: [(said, truth)]), settings_of()
-    assert script.mean_iou(*scored) == pytest.approx(100 * (1 / 2 + 1 / 2) / 3)
+    assert script.measure(*scored) == pytest.approx(100 * (1 / 2 + 1 / 2) / 3)
     mean = common.Mean()
     mean.add({}, said, truth)
     assert mean.row()["train"] == common.evaluate(*scored) == pytest.approx(100 * 3 / 5)
@@ -136,7 +136,7 @@ def test_stage_two_clips_the_gradient_of_theta_alone_and_keeps_it_in_bounds(monk
     monkeypatch.setattr(tst, "augmentation_loss", lambda *args: (
         1e5 * loss(*args)[0], *loss(*args)[1:]))
     networks = [common.frozen(data.build(name)) for name in ("resnet14", "resnet8")]
-    augmenter = plain_augmenter(script.PixelAugmenter, operations=14, temperature=5.0)
+    augmenter = plain_augmenter(script.Augmenter, operations=14, temperature=5.0)
     augmenter.theta_m.data = torch.tensor([-30.0] + [30.0] * 10)
     augmenter.theta_p.data[11] = 30
     augmenter.encoders[0].f.grad = torch.full((10,), 1e6)
@@ -208,7 +208,7 @@ def test_masks_of_colours_and_the_places_of_voc(tmp_path, capsys):
         data = script.load_scenes(settings_of(f"--data {folder} --image-size 8 --dataset voc"))
         assert data.train.images[0, 3].unique().tolist() == [0, 1, 16, 21]
         assert torch.equal(*data.train.images)
-    assert "the pixels of 21 classes, 25.0 % unknown" in capsys.readouterr().out
+    assert "pixels of 21 classes, 25.0 % unknown" in capsys.readouterr().out
 
 
 def turned_picture():
@@ -267,12 +267,12 @@ def test_a_stopped_run_is_the_algorithm_to_the_bit(run, tmp_path):
     rows = table(run("tst_segmentation", tmp_path, flags + "--compare"))
     settings, folder = settings_of(f"{flags} --cache {run.cache}"), folder_of(tmp_path, "TST")
     data, result = script.load_scenes(settings), result_of(folder)
-    augmenter = script.PixelAugmenter(tst.fitted_encoders(data, settings)[0], data.mean, data.std,
+    augmenter = script.Augmenter(tst.fitted_encoders(data, settings)[0], data.mean, data.std,
                                       erased=0.25)
     student = by_hand(folder, data, settings, augmenter, augmenter, script.known)
     teacher, _ = common.network_alone("teacher", data, tst.learning_rates(settings), settings)
     for name, network in (("teacher alone", teacher), ("TST", student)):
-        assert rows[name]["test"] == f"{script.mean_iou(network, data.test, settings):.2f}"
+        assert rows[name]["test"] == f"{script.measure(network, data.test, settings):.2f}"
     assert [*rows] == ["teacher alone", "student alone", *tst.METHODS]
     assert [row["before_epoch"] for row in result["searches"]] == [1, 1, 2, 2]
     assert result["arguments"].items() >= {"temperature": 1.0, "weight": 1.5}.items()
