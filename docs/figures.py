@@ -180,9 +180,9 @@ def trikd(folder, result):
 
 
 def switokd(folder, result):
-    """switokd.png: gap and threshold by step, expert mode shaded; rule.png: eq. (10), step by step;
-    degeneration.png, at tau = 1: t, the L1 distance of the student's two gradients, eq. (9), of
-    this run and of those of other methods beside it."""
+    """switokd.png: gap and threshold by step, expert mode shaded; rule.png: eq. (10), step by step
+    and over the training; degeneration.png, at tau = 1: t, the L1 distance of the student's two
+    gradients, eq. (9), of this run and of those of other methods beside it."""
     def pairs_of(place):
         """{label of a pair: {column of its steps: values}}, with a column "when", in epochs."""
         pairs = {}
@@ -214,8 +214,8 @@ def switokd(folder, result):
     pictures = {"switokd.png": figure}
 
     # Eq. (10): slack / t against r = t / (s + t); expert above 1 - exp(-r) = 1 - eps, if r < 1/2
-    figure, axes = axes_of("r = t / (s + t)", "slack / t",
-                           f"The adaptive rule; points: {method}")
+    figure, (axes, series) = panels(2)
+    axes.set(xlabel="r = t / (s + t)", ylabel="slack / t", title=f"Eq. (10), steps of {method}")
     for mode, color in (("learning", "tab:blue"), ("expert", "tab:orange")):
         points = [(t / (s + t), (gap - s + t) / t) for of in pairs.values()
                   for gap, s, t, own in zip(of["gap"], of["student_distance"],
@@ -225,8 +225,20 @@ def switokd(folder, result):
     curve = [k / 100 for k in range(101)]
     axes.plot(curve, [1 - math.exp(-r) for r in curve], color="black", label="1 - exp(-r)")
     axes.axvline(0.5, color="0.6", linestyle=":", label="guard t < s")
-    axes.legend(fontsize=8)
-    pictures["rule.png"] = figure
+    series.set(xlabel="epoch", title="Band: 90 % of an epoch's steps")
+    for label, of in pairs.items():
+        s, t, gap, when = (torch.tensor(of[name]) for name in (
+            "student_distance", "teacher_distance", "gap", "when"))
+        epochs = [(when > e) & (when <= e + 1) & (t > 0) for e in range(math.ceil(when[-1]))]
+        slack, asked = (gap - s + t) / t, 1 - torch.exp(-t / (s + t))
+        x = [e + 0.5 for e, own in enumerate(epochs) if own.any()]
+        low, middle, high = zip(*(slack[own].quantile(torch.tensor([0.05, 0.5, 0.95])).tolist()
+                                  for own in epochs if own.any()))
+        line, = series.plot(x, middle, label="slack / t, median" + label)
+        series.fill_between(x, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+        series.plot(x, [asked[own].median() for own in epochs if own.any()], color="black",
+                    linestyle="--", label="1 - exp(-r), median" + label)
+    pictures["rule.png"] = legends(figure)
 
     if result["arguments"]["temperature"] == 1:
         figure, axes = axes_of("epoch", "L1 distance of the two gradients",
@@ -312,7 +324,7 @@ def tst(folder, result):
                      xlabel="passes over the training images")
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=7)
         pictures["series.png"] = figure
-    if not (folder / "augmenter.pt").exists() or result["script"] == "tst_segmentation":
+    if not (folder / "augmenter.pt").exists() or result["script"] != "tst":
         return pictures
 
     encoders = [script.ColorEncoder() if i < script.COLOR else script.GeometricEncoder()

@@ -6,10 +6,10 @@ last feature map: each of its L locations has C class logits, a box and a center
 assigned to one box of the image or to none; these losses, the assignment and the non-maximum
 suppression are torchvision's. Boxes move with their image:
 
-    (22) corner c of a box goes to R^-1 (c - v), A = [R|v]; then the enclosing box,     CODE
-         clipped; dropped if less than a quarter of its area is left                    READING
-    (23) p(y|x~) in (12) to (15), for each box: the mean of sigmoid(z_ly) over the      READING
-         locations l assigned to it, z_l their logits, y its class; mean over boxes
+    (22) corner c of a box goes to R^-1 (c - v), A = [R|v]; the enclosing box, clipped; CODE
+         dropped if less than a quarter of its area is left                             READING
+    (23) p(y|x~) in (12) to (15), for each box that has locations: their mean of        READING
+         sigmoid(z_ly), z_l their logits, y its class; (12) to (15) are means over boxes
     (24) L_III = L_FCOS(s) + w (tau^2 / P sum_lc KL(b(t_lc / tau) || b(s_lc / tau))     READING
          + 1 / |U| sum_{l in U} (1 - GIoU(box of s at l, box of t at l))),
          b(z) = (sigmoid(z), 1 - sigmoid(z)), U: where max_c sigmoid(t_lc) > 1/2
@@ -18,13 +18,15 @@ suppression are torchvision's. Boxes move with their image:
     y         targets         (B,M,5)                class, x1, y1, x2, y2 in pixels; class -1: no
                                                      box, -2 - c: a difficult one of class c
     t, s      t, s            {"cls_logits": (B,L,C), "bbox_regression": (B,L,4), ...}
-    P         (matched >= 0)  int                    locations with a box in the batch
+    P, |U|    (matched >= 0)  int                    of the batch; at least 1 where they divide
 
 CODE: (20) to (22) without the quarter, theta in [-10, 10], gradient clipped at 20, tau = w = 1,
-searches of one pass. READING, all else: in CODE (12) is the detector's own loss and the student's
-turns it round (focal on 1 - p, GIoU times -1), the KL is of a softmax over classes, and no box is
-distilled; our one level, networks, recipes, the student's gradient clipped at 1, searches before
-epochs 0, E // 4, E // 2. VOC's difficult boxes are not learned and do not count. More: docs/tst.md.
+searches of one pass before epochs E // 4 and E // 2. READING, all else: in CODE (12) is the
+detector's own loss and the student's turns it round (focal on 1 - p, GIoU times -1); the KL is of a
+softmax over classes, a mean over locations; centerness is distilled, no box; the student's gradient
+is clipped at 35, ours at 1. Our own: p and 1 - p at least 1e-6; one level, one convolution in the
+head, square pictures, networks, recipes, a search before epoch 0. Difficult boxes (VOC) are
+background in (24) and do not count in the measure. More: docs/tst.md.
 
     python docs/tst_detection.py                         scenes of shapes; 2 CPU cores: 3 minutes
     python docs/tst_detection.py --compare               all rows of METHODS
@@ -45,7 +47,6 @@ from torchvision.models.detection import FCOS
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.fcos import FCOSHead
 from torchvision.models.detection.image_list import ImageList
-from torchvision.models.segmentation import FCN_ResNet50_Weights
 from torchvision.ops import box_iou, generalized_box_iou_loss
 from torchvision.utils import draw_bounding_boxes, save_image
 
@@ -54,10 +55,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import tst
 import tst_segmentation as pixels
 from common import (
-    SHAPE_NAMES, SHAPES, InputError, Record, Split, autocast, build_model, crop_and_flip, each_seed,
-    evaluating, frozen, load_weights, make_shapes, print_table, rows_of, run_methods, run_script,
-    same_shape, settings_of)
+    SHAPE_NAMES, SHAPES, InputError, Record, Split, autocast, build_model, crop_and_flip,
+    evaluating, frozen, load_weights, make_shapes, rows_of, run_script, same_shape, settings_of)
 
+MEASURED = "boxes: mean average precision at IoU 0.5"
 SCENES = 1000, 500  # images of up to four shapes, to train on and to test on
 WIDTH = 64  # channels of FCOS's head
 LEFT, SURE = 0.25, 0.5  # eqs. (22), (24)
@@ -73,12 +74,12 @@ class Augmenter(pixels.Augmenter):
         x, y = 2 * targets[:, :, [1, 3]] / size - 1, 2 * targets[:, :, [2, 4]] / size - 1
         corners = torch.stack([x[:, :, [0, 1, 0, 1]], y[:, :, [0, 0, 1, 1]]], 3)  # (B,M,4,2)
         # Eq. (22): c -> R^-1 (c - v), A = [R|v]
-        R = torch.linalg.inv_ex(A[:, :, :2]).inverse  # not finite where A folds the image up
+        R, singular = torch.linalg.inv_ex(A[:, :, :2])
         corners = (corners - A[:, None, None, :, 2]) @ R[:, None].mT
         hull = (torch.cat([corners.amin(2), corners.amax(2)], 2) + 1) * size / 2  # (B,M,4)
         boxes = hull.clamp(0, size)
         area, whole = ((one[..., 2:] - one[..., :2]).prod(2) for one in (boxes, hull))
-        kept = (area >= LEFT * whole) & (area > 0)  # False for NaN
+        kept = (area >= LEFT * whole) & (area > 0) & (singular == 0)[:, None]
         none = torch.tensor([-1.0, 0, 0, 0, 0], device=targets.device)
         return torch.where(kept[..., None], torch.cat([targets[:, :, :1], boxes], 2), none)
 
@@ -87,16 +88,16 @@ def box_scores(logits, matched, targets):
     """Eq. (23): p of each box that has a location, (K,); logits (B,L,C), matched (B,L)."""
     b, at = (matched >= 0).nonzero(as_tuple=True)  # the P locations with a box
     i = matched[b, at]
-    _, box = (b * targets.shape[1] + i).unique(return_inverse=True)  # 0..K-1
+    boxes, box = (b * targets.shape[1] + i).unique(return_inverse=True)  # (K,), (P,)
     # Eq. (23): p(y|x~) = mean of sigmoid(z_ly) over the locations l of a box of class y
     scores = logits[b, at, targets[b, i, 0].long()].sigmoid()
-    return scores.new_zeros(box.max() + 1).index_add(0, box, scores) / box.bincount()
+    return scores.new_zeros(len(boxes)).index_add(0, box, scores) / box.bincount()
 
 
 def augmentation_loss(p_T, p_S, student_term):
     """Eqs. (12) to (15) of the probabilities (K,) of (23): tst's, with 1 - p as a second class."""
     both = (torch.stack([p, 1 - p], 1).clamp_min(1e-6).log() for p in (p_T, p_S))  # (K,2) each
-    return tst.augmentation_loss(*both, torch.zeros(len(p_T)).to(p_T).long(), student_term)
+    return tst.augmentation_loss(*both, torch.zeros_like(p_T, dtype=torch.long), student_term)
 
 
 def distillation_loss(s, t, detector, matched, temperature=1.0):
@@ -113,7 +114,7 @@ def distillation_loss(s, t, detector, matched, temperature=1.0):
     return temperature**2 * kl, giou / sure.sum().clamp(1)
 
 
-def average_precision(found, targets, classes):
+def average_precision(found, targets):
     """Area under precision over recall at IoU 0.5, all points, mean over the classes, in %.
 
     `found`: for each image boxes (D,4), scores and labels (D,); targets (N,M,5). Within a class a
@@ -131,16 +132,14 @@ def average_precision(found, targets, classes):
         scores.append(image["scores"])
     kinds, scores, hits = (torch.cat(one).cpu().numpy() for one in (kinds, scores, hits))
     order = np.argsort(-scores, kind="stable")
-    order, areas = order[hits[order] != -2], []
-    for c in range(classes):
-        there, ours = (targets[:, :, 0] == c).sum().item(), hits[order[kinds[order] == c]]
-        if there:
-            boxes, first = np.unique(ours, return_index=True)
-            right = np.zeros(len(ours))
-            right[first[boxes >= 0]] = 1
-            precision = right.cumsum() / (np.arange(len(ours)) + 1)
-            ahead = np.maximum.accumulate(precision[::-1])[::-1]  # the best at this recall or more
-            areas.append((ahead * right).sum() / there)  # recall grows by 1 / there at a hit
+    order, truth, areas = order[hits[order] != -2], targets[:, :, 0].cpu().numpy(), []
+    for c in np.unique(truth[truth >= 0]):
+        ours, there = hits[order[kinds[order] == c]], (truth == c).sum()
+        boxes, first = np.unique(ours, return_index=True)
+        right = np.isin(np.arange(len(ours)), first[boxes >= 0])
+        precision = right.cumsum() / (np.arange(len(ours)) + 1)
+        ahead = np.maximum.accumulate(precision[::-1])[::-1]  # the best at this recall or more
+        areas.append((ahead * right).sum() / there)  # recall grows by 1 / there at a hit
     return 100 * float(np.mean(areas))
 
 
@@ -148,9 +147,9 @@ def measure(detector, split, arguments):
     """Mean average precision in %."""
     found = []
     with evaluating(detector), autocast(arguments):
-        for images, _ in split.batches(100):
+        for images, _ in split.batches():
             found += detector.detections(images)
-    return average_precision(found, split.labels, detector.classes)
+    return average_precision(found, split.labels)
 
 
 # ----------------------------------------------------------------------------- 2. networks and data
@@ -167,17 +166,17 @@ class Detector(FCOS):
     def __init__(self, network, classes, size):
         backbone = nn.Sequential(network.stem, *network.stages, network.neck,
                                  nn.Conv2d(network.features, WIDTH, 1))
-        backbone.out_channels, self.classes = WIDTH, classes
-        stride, rest = divmod(size, frozen(backbone)(torch.zeros(1, 3, size, size)).shape[2])
-        if rest:
-            raise InputError(f"--image-size: {size} is no multiple of the stride, {stride + 1}")
+        backbone.out_channels = WIDTH
+        stride = 64 // frozen(backbone)(torch.zeros(1, 3, 64, 64)).shape[2]
+        if size % stride:
+            raise InputError(f"--image-size: {size} is no multiple of the stride, {stride}")
         super().__init__(backbone, classes, head=Head(WIDTH, 1, classes, num_convs=1),
                          anchor_generator=AnchorGenerator(((stride,),), ((1.0,),)),
                          score_thresh=0.05)
 
     def forward(self, images):
         """What the head says of normalised images (B,3,H,W), in float32, and its `anchors`."""
-        maps = self.backbone(images)  # (B,WIDTH,h,w), L = h w
+        maps = self.backbone(images).float()  # (B,WIDTH,h,w), L = h w
         said = {name: value.float() for name, value in self.head([maps]).items()}
         sizes = [images.shape[2:]] * len(images)
         return {**said, "anchors": self.anchor_generator(ImageList(images, sizes), [maps])}
@@ -219,7 +218,8 @@ class BoxSplit(Split):
         A = torch.eye(2, 3).repeat(count, 1, 1)
         A[:, 0, 0] -= 2.0 * flip
         A[:, :, 2] = 2 / S * (torch.stack([left, top], 1) - 4)
-        draws = (draw.to(self.labels.device).split(batch_size)
+        cuts = [*range(batch_size, count - 1, batch_size)]
+        draws = (draw.to(self.labels.device).tensor_split(cuts)
                  for draw in (order, top, left, flip, A))
         for chosen, *offsets, A in zip(*draws):
             images = crop_and_flip(self.images[chosen], *offsets)
@@ -238,7 +238,8 @@ def scenes(count, size, seed):
         0, 30, (count, 3, size, size), generator=generator)  # a plain background, with noise
     targets = torch.tensor([-1.0, 0, 0, 0, 0]).repeat(count, 4, 1)
     for n, i in there.nonzero().tolist():
-        (x, y), mask, k = places[n, i].tolist(), masks[4 * n + i], 4 * n + i
+        k, (x, y) = 4 * n + i, places[n, i].tolist()
+        mask = masks[k]
         images[n, :, y:y + tile, x:x + tile][:, mask] = drawn[k][:, mask].long()
         rows, columns = (mask.any(axis).nonzero() for axis in (1, 0))
         targets[n, i] = torch.tensor([labels[k], x + columns[0], y + rows[0],
@@ -259,14 +260,15 @@ def read_voc(folder, part, names, size):
             boxes = boxes_of(notes["annotation"]["object"], *image.size, names)
             if image.getexif().get(274, 1) > 1:
                 raise ValueError("its picture is turned by EXIF, are its boxes as well?")
-        except (OSError, ValueError, LookupError, TypeError, SyntaxError) as error:
+        except LookupError as error:
+            raise InputError(f"{file} has no {error}") from None
+        except (OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError) as error:
             raise InputError(f"{file}: {error}") from None
         images.append(np.asarray(image.resize((size, size), Image.Resampling.BILINEAR)))
         targets.append(torch.tensor(boxes, dtype=torch.float32).view(-1, 5))
         targets[-1][:, 1:] *= size
-    targets = nn.utils.rnn.pad_sequence([torch.tensor([[-1.0, 0, 0, 0, 0]]), *targets], True, -1.0)
-    targets = torch.where(targets[:, :, :1] == -1, targets[0, 0], targets)
-    return torch.from_numpy(np.stack(images)).movedim(3, 1).contiguous(), targets[1:]
+    targets = nn.utils.rnn.pad_sequence([torch.full((1, 5), -1.0), *targets], True, -1.0)[1:]
+    return torch.from_numpy(np.stack(images)).movedim(3, 1).contiguous(), targets
 
 
 def boxes_of(things, W, H, names):
@@ -284,7 +286,7 @@ def boxes_of(things, W, H, names):
     return boxes
 
 
-def load_boxes(arguments):
+def load_scenes(arguments):
     """`common.load_data` for boxes; --train-fraction takes images, drawn by --seed."""
     name, size, folder = arguments.dataset, arguments.image_size, arguments.data
     if arguments.open_set:
@@ -292,16 +294,19 @@ def load_boxes(arguments):
     if name == "shapes":
         names, parts = SHAPE_NAMES, [scenes(n, size, seed) for seed, n in enumerate(SCENES)]
     else:
-        names = FCN_ResNet50_Weights.DEFAULT.meta["categories"][1:]
+        names = pixels.FCN_ResNet50_Weights.DEFAULT.meta["categories"][1:]
         try:
             parts = [read_voc(pixels.voc_root(folder), part, names, size)
                      for part in ("train", "val")]
-        except (OSError, RuntimeError) as error:
-            raise InputError(f"voc is missing in --data {folder}: "
+        except (OSError, RuntimeError, ValueError) as error:
+            raise InputError(f"voc is damaged or missing in --data {folder}: "
                              f"{str(error).split(' You can use')[0]}") from None
     data = pixels.data_from(arguments, parts, names, BoxSplit, detector)
     if not all((part.labels[:, :, 0] >= 0).any() for part in (data.train, data.test)):
         raise InputError(f"{name}: no box to learn from, or none to test on")
+    if len({data.build(one).anchor_generator.sizes
+            for one in (arguments.teacher, arguments.student)}) > 1:
+        raise InputError("--student: the stride of its features is not that of the teacher's")
     return data
 
 
@@ -358,8 +363,9 @@ def network_alone(role, data, arguments):
     name, title = getattr(arguments, role), f"{role} alone"
     if role == "teacher" and arguments.teacher_weights:
         network = frozen(load_weights(data.build(name), arguments.teacher_weights[0]))
-        network.to(arguments.device)
-        return network, {"run": title, "test": measure(network, data.test, arguments)}
+        test = measure(network.to(arguments.device), data.test, arguments)
+        print(f"{arguments.teacher_weights[0]}: {name}, {test:.2f} % mean average precision")
+        return network, {"run": title, "test": test}
     flags = ("epochs", "batch_size", "learning_rate", "momentum", "weight_decay", "drops",
              "nesterov", "precision", "device")
     alone = {**{flag: getattr(arguments, flag) for flag in flags}, "student": name, "weight": 0,
@@ -370,7 +376,7 @@ def network_alone(role, data, arguments):
     if not record.result:
         train(record, data, data.build(name).to(arguments.device), argparse.Namespace(**alone))
     network = frozen(load_weights(data.build(name), record.folder / "student.pt"))
-    return network.to(arguments.device), {**rows_of(title, record.result)[0]}
+    return network.to(arguments.device), rows_of(title, record.result)[0]
 
 
 def save_grid(augmenter, data, seed, path, *networks):
@@ -380,19 +386,19 @@ def save_grid(augmenter, data, seed, path, *networks):
     images, targets = next(data.train.augmented(8, draws))
     with evaluating(*networks):
         x, moved = augmenter(images, targets, draws)
-        found = [[one["boxes"][one["scores"] > 0.3] for one in network.detections(x)]
+        found = [[one["boxes"][one["scores"] > 0.3] for one in network.float().detections(x)]
                  for network in networks]
     scale = max(1, 160 // images.shape[3])
     columns = [(images, targets[:, :, 1:]), (x, moved[:, :, 1:]), *((x, boxes) for boxes in found)]
-    for pictures, boxes in columns:
-        values = tst.to_bytes(pictures, augmenter.mean, augmenter.std).cpu()
-        for picture, of_picture in zip(values.repeat_interleave(scale, 2).repeat_interleave(
-                scale, 3), boxes):
-            there = scale * of_picture[of_picture[:, 2] > 0].cpu()
-            shown.append(draw_bounding_boxes(picture, there, colors="yellow") if len(there)
-                         else picture)
-    rows = torch.stack(shown).unflatten(0, (len(columns), 8)).transpose(0, 1).flatten(0, 1)
-    save_image(rows / 255, path, nrow=len(columns))
+    for place in range(len(images)):
+        for pictures, boxes in columns:
+            values = tst.to_bytes(pictures[place:place + 1], augmenter.mean, augmenter.std).cpu()
+            large, there = F.interpolate(values, scale_factor=scale)[0], boxes[place].cpu() * scale
+            there = there[there[:, 2] > there[:, 0]]
+            there[:, 2:] = torch.maximum(there[:, 2:] - 1, there[:, :2])  # its last pixels
+            shown.append(draw_bounding_boxes(large, there, colors="yellow")
+                         if len(there) else large)
+    save_image(torch.stack(shown) / 255, path, nrow=len(columns))
 
 
 # ----------------------------------------------------------------------------------------- 4. flags
@@ -402,32 +408,12 @@ DEFAULTS = {"shapes": {**tst.REAL, **SHAPES, **BOXES, "image_size": 40},
                     "learning_rate": 0.01, "image_size": 256}}
 
 
-def defaults(arguments):
-    """The flags of a data set; searches of one pass."""
-    flags = DEFAULTS[arguments.dataset]
-    E = arguments.epochs or flags["epochs"]
-    return {**flags, "search_at": [0, E // 4, E // 2], "search_epochs": 1}
-
-
 def parse_args(argv=None):
-    return tst.parse_args(argv, __doc__, defaults, tuple(DEFAULTS))
+    return pixels.parse_args(argv, __doc__, DEFAULTS)
 
 
 def main():
-    arguments, tables = parse_args(), []
-    for of_seed in each_seed(arguments):
-        data = load_boxes(of_seed)
-        print(f"{of_seed.teacher} teaches {of_seed.student}: E = {of_seed.epochs} epochs; learning "
-              f"rate {of_seed.learning_rate}, tau = {of_seed.temperature}, w = {of_seed.weight}; "
-              f"searches of {of_seed.search_epochs} passes before epochs {of_seed.search_at} (from "
-              f"0), K = {of_seed.operations}, tau_g = {of_seed.gate_temperature}")
-        (teacher, its_row), (student, row) = (network_alone(role, data, of_seed)
-                                              for role in ("teacher", "student"))
-        tables.append([its_row, row, *run_methods(of_seed, tst.METHODS, train, data, teacher)])
-    print_table(tables, tst.COLUMNS, f"TST on boxes of {arguments.dataset}: last-epoch mean "
-                                     "average precision at IoU 0.5 (%); conf_t, conf_s: "
-                                     "confidences on x~",
-                arguments.out)
+    pixels.main(sys.modules[__name__])
 
 
 if __name__ == "__main__":

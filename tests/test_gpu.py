@@ -32,6 +32,7 @@ import common
 import rco
 
 sys.path.append(str(ROOT / "docs"))
+import tst_detection  # noqa: E402
 import tst_segmentation  # noqa: E402
 
 PROJECT, GPU = (ROOT, ROOT / "docs"), torch.device("cuda", 0)
@@ -246,13 +247,15 @@ RUNS = {
     "letkd": f"--method letKD-2 kd --teacher-weights 0.pt {LETKD}",
     "tst": f"--method TST 'kd twice' {TST}",
     "tst_segmentation": f"--batch-size 8 --method TST 'kd twice' {TST}",
+    "tst_detection": f"--batch-size 8 --method TST 'kd twice' {TST}",
 }
 
 
 @pytest.fixture(autouse=True)
 def few_images(monkeypatch, tmp_path):
     monkeypatch.setattr(common, "SHAPES_TRAIN", 120)
-    monkeypatch.setattr(tst_segmentation, "SCENES", (24, 10))
+    for module in (tst_segmentation, tst_detection):
+        monkeypatch.setattr(module, "SCENES", (24, 10))
     monkeypatch.chdir(tmp_path)
 
 

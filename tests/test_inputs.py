@@ -372,7 +372,7 @@ def world():
 sys.argv[:] = []
 before = world()
 import common, letkd, rco, switokd, trikd, tst
-import tst_segmentation
+import tst_detection, tst_segmentation
 assert world() == before and sys.excepthook is sys.__excepthook__
 common.run_script(lambda: (print("1 ± 0"), os.kill(os.getpid(), signal.SIGINT)))
 """
