@@ -225,18 +225,19 @@ def switokd(folder, result):
     curve = [k / 100 for k in range(101)]
     axes.plot(curve, [1 - math.exp(-r) for r in curve], color="black", label="1 - exp(-r)")
     axes.axvline(0.5, color="0.6", linestyle=":", label="guard t < s")
-    series.set(xlabel="epoch", title="Band: 90 % of an epoch's steps")
+    series.set(xlabel="epoch", title="Steps with t < s; band: 90 % of an epoch's")
     for label, of in pairs.items():
         s, t, gap, when = (torch.tensor(of[name]) for name in (
             "student_distance", "teacher_distance", "gap", "when"))
-        epochs = [(when > e) & (when <= e + 1) & (t > 0) for e in range(math.ceil(when[-1]))]
+        epochs = [(when > e) & (when <= e + 1) & (0 < t) & (t < s)
+                  for e in range(math.ceil(when[-1]))]
         slack, asked = (gap - s + t) / t, 1 - torch.exp(-t / (s + t))
         x = [e + 0.5 for e, own in enumerate(epochs) if own.any()]
         low, middle, high = zip(*(slack[own].quantile(torch.tensor([0.05, 0.5, 0.95])).tolist()
                                   for own in epochs if own.any()))
         line, = series.plot(x, middle, label="slack / t, median" + label)
         series.fill_between(x, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
-        series.plot(x, [asked[own].median() for own in epochs if own.any()], color="black",
+        series.plot(x, [asked[own].quantile(0.5) for own in epochs if own.any()], color="black",
                     linestyle="--", label="1 - exp(-r), median" + label)
     pictures["rule.png"] = legends(figure)
 

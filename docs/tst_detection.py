@@ -7,11 +7,11 @@ assigned to one box of the image or to none; these losses, the assignment and th
 suppression are torchvision's. Boxes move with their image:
 
     (22) corner c of a box goes to R^-1 (c - v), A = [R|v]; the enclosing box, clipped; CODE
-         dropped if less than a quarter of its area is left                             READING
+         dropped if less than a quarter of its area is left; crops and flips likewise   READING
     (23) p(y|x~) in (12) to (15), for each box that has locations: their mean of        READING
          sigmoid(z_ly), z_l their logits, y its class; (12) to (15) are means over boxes
     (24) L_III = L_FCOS(s) + w (tau^2 / P sum_lc KL(b(t_lc / tau) || b(s_lc / tau))     READING
-         + 1 / |U| sum_{l in U} (1 - GIoU(box of s at l, box of t at l))),
+         + 1 / |U| sum_{l in U} (1 - GIoU(box of s at l, box of t at l))) on [x~ ; x],
          b(z) = (sigmoid(z), 1 - sigmoid(z)), U: where max_c sigmoid(t_lc) > 1/2
 
     symbol    in code         shape                  meaning
@@ -101,17 +101,16 @@ def augmentation_loss(p_T, p_S, student_term):
 
 
 def distillation_loss(s, t, detector, matched, temperature=1.0):
-    """Eq. (24): (tau^2 KL, GIoU loss), sums over locations by P and |U|. Only the student learns.
-    """
+    """Eq. (24): (KL / P, GIoU loss / |U|). Only the student learns."""
     s_z, t_z = same_shape(s["cls_logits"], t["cls_logits"].detach(), "class logits")  # (B,L,C)
-    # Eq. (24): tau^2 / P sum_lc KL( b(t_lc / tau) || b(s_lc / tau) )
+    # Eq. (24): 1 / P sum_lc KL( b(t_lc / tau) || b(s_lc / tau) )
     log_s, log_t = (F.logsigmoid(torch.stack([z, -z]) / temperature) for z in (s_z, t_z))
     kl = F.kl_div(log_s, log_t, reduction="sum", log_target=True) / (matched >= 0).sum().clamp(1)
     # Eq. (24): 1 / |U| sum_{l in U} (1 - GIoU(box of s, box of t)), U: max_c sigmoid(t_lc) > 1/2
     sure, anchors = t_z.sigmoid().amax(2) > SURE, torch.stack(s["anchors"])
     s_box, t_box = (detector.box_coder.decode(z["bbox_regression"], anchors)[sure] for z in (s, t))
     giou = generalized_box_iou_loss(s_box, t_box.detach(), reduction="sum")
-    return temperature**2 * kl, giou / sure.sum().clamp(1)
+    return kl, giou / sure.sum().clamp(1)
 
 
 def average_precision(found, targets):
@@ -316,7 +315,7 @@ def search_step(augmenter, teacher, student, optimizer, images, targets, draws, 
     augmented, moved = augmenter(images, targets, draws)  # (B,3,H,W), (B,M,5)
     with autocast(settings):  # both frozen, in eval mode: gradients pass through them to x~
         t, s = teacher(augmented), student(augmented)
-    _, matched = student.loss(s, moved)  # (B,L)
+    _, matched = student.loss(s, moved)  # (B,L), of the boxes; the loss is not used
     if not (matched >= 0).any():  # no box is left
         return {}
     p_T, p_S = (box_scores(one["cls_logits"], matched, moved) for one in (t, s))  # Eq. (23)
@@ -326,9 +325,10 @@ def search_step(augmenter, teacher, student, optimizer, images, targets, draws, 
 
 
 def train_step(student, teacher, optimizer, images, targets, first, settings):
-    """Stage III: one step of the student. Returns the terms, and None for a classifier's logits.
+    """Stage III: one step of the student. Returns the terms, and None: no logits to count by.
 
-    `first`: (images, targets), the half before the originals, or None; w = 0: without the teacher.
+    `first`: (images, targets), the half before the originals, or None. w = 0: no teacher, no
+    confidences.
     """
     if first is not None:
         images, targets = torch.cat([first[0], images]), torch.cat([first[1], targets])
@@ -341,7 +341,8 @@ def train_step(student, teacher, optimizer, images, targets, first, settings):
     if t:
         # Eq. (24): L_III = L_FCOS(s) + w (tau^2 KL + GIoU loss) on [x~ ; x]
         kl, giou = distillation_loss(s, t, student, matched, settings.temperature)
-        loss, terms = loss + settings.weight * (kl + giou), {**terms, "kl": kl, "giou": giou}
+        loss = loss + settings.weight * (settings.temperature**2 * kl + giou)
+        terms |= {"kl": kl, "giou": giou}
     optimizer.zero_grad()
     loss.backward()
     nn.utils.clip_grad_norm_(student.parameters(), 1.0)  # READING: without it some learn nothing
@@ -354,12 +355,13 @@ def train_step(student, teacher, optimizer, images, targets, first, settings):
 
 
 def train(record, data, teacher, settings):
-    """Stages I, II and III as in tst_segmentation.py, with the parts of this file."""
+    """Stages I, II and III by tst_segmentation.py, with the parts of this file."""
     pixels.train(record, data, teacher, settings, sys.modules[__name__])
 
 
 def network_alone(role, data, arguments):
-    """(frozen detector, row): a student by (24) with w = 0, kept under --cache, or a file."""
+    """(frozen detector, row): trained by L_FCOS, this loop with w = 0, and kept under --cache; or
+    a teacher's file."""
     name, title = getattr(arguments, role), f"{role} alone"
     if role == "teacher" and arguments.teacher_weights:
         network = frozen(load_weights(data.build(name), arguments.teacher_weights[0]))
@@ -374,14 +376,15 @@ def network_alone(role, data, arguments):
                     settings_of(alone, data, train))
     print(f"{title}: {name}, {arguments.epochs} epochs" + ", trained before" * bool(record.result))
     if not record.result:
-        train(record, data, data.build(name).to(arguments.device), argparse.Namespace(**alone))
+        nobody = data.build(name).to(arguments.device)  # w = 0: no teacher is asked
+        train(record, data, nobody, argparse.Namespace(**alone))
     network = frozen(load_weights(data.build(name), record.folder / "student.pt"))
     return network.to(arguments.device), rows_of(title, record.result)[0]
 
 
 def save_grid(augmenter, data, seed, path, *networks):
-    """A PNG of eight rows: a training image and x~ with their boxes, then x~ with those that each
-    of the `networks` finds, of scores above 0.3."""
+    """A PNG of up to eight rows: a training image and x~ with their boxes, then x~ with those that
+    each of the `networks` finds, of scores above 0.3."""
     draws, shown = torch.Generator().manual_seed(seed), []
     images, targets = next(data.train.augmented(8, draws))
     with evaluating(*networks):
