@@ -406,7 +406,8 @@ def save_grid(augmenter, data, seed, path, *networks):
 
 # ----------------------------------------------------------------------------------------- 4. flags
 BOXES = {"temperature": 1.0, "batch_size": 16}
-DEFAULTS = {"shapes": {**tst.REAL, **SHAPES, **BOXES, "fit_steps": 250, "image_size": 40},
+DEFAULTS = {"shapes": {**tst.REAL, **SHAPES, **BOXES, "epochs": 10, "fit_steps": 250,
+                       "image_size": 40},
             "voc": {**tst.REAL, **BOXES, "teacher": "resnet50", "student": "resnet18", "epochs": 60,
                     "learning_rate": 0.01, "image_size": 256}}
 
