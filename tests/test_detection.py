@@ -1,6 +1,5 @@
 """docs/tst_detection.py: boxes move with their image; precision; losses; files; runs."""
 
-import io
 import itertools
 import sys
 from argparse import Namespace
@@ -10,6 +9,7 @@ import pytest
 import torch
 from conftest import ROOT, folder_of, kl, result_of, same_run, stopped, table, tree
 from PIL import Image
+from test_segmentation import turned_picture
 from test_tst import generator, near, plain_augmenter
 from torch.nn import functional as F
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
@@ -181,8 +181,7 @@ def test_the_detector_is_torchvisions():
     own.transform = GeneralizedRCNNTransform(40, 40, [0.0] * 3, [1.0] * 3, size_divisible=1)
     own.score_thresh = 0.005
     theirs = [{"boxes": y[y[:, 0] >= 0, 1:], "labels": y[y[:, 0] >= 0, 0].long()} for y in targets]
-    terms = script.FCOS.forward.__wrapped__ if hasattr(script.FCOS.forward, "__wrapped__") else (
-        script.FCOS.forward)
+    terms = script.FCOS.forward
     own.train()
     plain = own.head.compute_loss
     own.head.compute_loss = lambda *args: {
@@ -355,13 +354,6 @@ def test_voc(tmp_path):
         assert data.test.labels[0, 0].tolist() == near([0, 0.6, 0, 8, 8])
 
 
-def turned_picture():
-    exif, file = Image.Exif(), io.BytesIO()
-    exif[274] = 6
-    Image.new("RGB", (20, 10)).save(file, "jpeg", exif=exif)
-    return file.getvalue()
-
-
 @pytest.mark.parametrize("thing, picture, says", [
     (("dog", 0, 0, 0, 21, 11), None, None),  # a pixel too far: clipped
     (("dog", 0, 1, 1, 22, 5), None, r"a.xml: \[1.0, 1.0, 22.0, 5.0\] is no box in"),
@@ -373,7 +365,7 @@ def turned_picture():
     (("dog", 0, "x", 1, 5, 5), None, "could not convert string"),
     (("wolf", 0, 1, 1, 5, 5), None, "a.xml: no class is called 'wolf'"),
     (("dog", 1, 1, 1, 5, 5), None, "no box to learn from, or none to test on"),
-    (DOG, turned_picture(), "is turned by EXIF")])
+    (DOG, turned_picture((20, 10)), "is turned by EXIF")])
 def test_boxes_that_do_not_fit_are_one_line(thing, picture, says, tmp_path):
     place = voc(tmp_path, {"a": [thing], "c": [DOG]}, picture)
     flags = settings_of(f"--data {tmp_path} --image-size 8 --dataset voc")

@@ -211,10 +211,10 @@ def test_masks_of_colours_and_the_places_of_voc(tmp_path, capsys):
     assert "pixels of 21 classes, 25.0 % unknown" in capsys.readouterr().out
 
 
-def turned_picture():
+def turned_picture(size=(8, 8)):
     exif, file = Image.Exif(), io.BytesIO()
     exif[274] = 6
-    Image.new("RGB", (8, 8)).save(file, "jpeg", exif=exif)
+    Image.new("RGB", size).save(file, "jpeg", exif=exif)
     return file.getvalue()
 
 
