@@ -10,13 +10,12 @@ Two commands at once: ... | OMP_NUM_THREADS=1 xargs -P 2 -d '\\n' -n 1 sh -c
 """
 
 import json
-import re
 import shlex
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from results import RECORDS, ROOT, difference, filled, markdown, spread
+from results import RECORDS, ROOT, difference, filled, interval, markdown, spread
 
 SEEDS = range(5)
 KEPT = RECORDS / "ablations.json"
@@ -230,7 +229,7 @@ def table(script, kept):
         if isinstance(change, Edit):
             how = f"in `{change.place}`: `{change.old}` → `{change.new}`"
             how += f"; `{change.flags}`" * bool(change.flags)
-        gap = difference(kept[run]["test"], kept[script]["test"]) if run != script else ""
+        gap = difference(pairs(kept, run, script)) if run != script else ""
         lines.append([removed, how, expected, spread(kept[run]["test"]), gap,
                       *(spread(kept[run][name], digits) if name in kept[run] else "-"
                         for name, digits in COLUMNS[script])])
@@ -238,11 +237,16 @@ def table(script, kept):
                      *(f"`{name}`" for name, _ in COLUMNS[script])], lines)
 
 
+def pairs(kept, run, other):
+    """[(accuracy of the run, of the other)] of each seed."""
+    return list(zip(kept[run]["test"], kept[other]["test"]))
+
+
 def embedded(kept):
     """README.md's table: all five methods beside KD."""
     return markdown(["run", "student epochs", "accuracy", "to KD of 12 epochs [95 %]"],
                     [[label, epochs, spread(kept[run]["test"]), "-" if run == "rco-kd" else
-                      difference(kept[run]["test"], kept["rco-kd"]["test"])]
+                      difference(pairs(kept, run, "rco-kd"))]
                      for label, run, epochs in EMBEDDED])
 
 
@@ -253,10 +257,7 @@ def plot(kept):
     from matplotlib import pyplot
     figure, axes = pyplot.subplots(figsize=(7, 3), layout="constrained")
     for place, (_, run, _) in enumerate(EMBEDDED):
-        gap, low, high = 0, 0, 0
-        if run != "rco-kd":
-            gap, low, high = map(float, re.findall(r"[-+][\d.]+", difference(
-                kept[run]["test"], kept["rco-kd"]["test"])))
+        gap, low, high = interval(pairs(kept, run, "rco-kd"))
         axes.plot([low, high], [place, place], color="C0")
         axes.plot(gap, place, "o", color="C0")
     axes.set_yticks(range(len(EMBEDDED)), [f"{label} ({epochs})" for label, _, epochs in EMBEDDED])

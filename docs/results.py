@@ -64,12 +64,9 @@ RUNS = {  # run -> its command; the constants are those that the grid chose
     "heads-1": f"letkd.py --method letKD-1 --alpha 0 {TEACHER}",
     "random": f"tst.py --method random {T} --operations {TAKEN['TST']} {TEACHER}",
     "tst": f"tst.py {T} --operations {TAKEN['TST']} {TEACHER}",
-    # two small ones, where a method's claim lives elsewhere
+    # a small one, where SwitOKD's rule fires
     "firing": "switokd.py --dataset shapes --epochs 24",
     "firing-never": "switokd.py --method never --dataset shapes --epochs 24",
-    "few-trikd": "trikd.py --train-fraction 0.1 --epochs 40 --generations 1 --anchor-weight "
-                 f"{TAKEN['TriKD']}",
-    "few-mutual": "trikd.py --method 'mutual learning' --train-fraction 0.1 --epochs 80",
 }
 ROWS = [  # of the table: label, run, KD with as many epochs, the method's own control
     ("teacher, alone", "teacher-30", None, None),
@@ -82,11 +79,11 @@ ROWS = [  # of the table: label, run, KD with as many epochs, the method's own c
     ("RCO, one-stage", "one-stage", "kd-30", None),
     ("RCO, eei, 3 anchors", "eei", "kd-15", "kd-restarts"),
     ("RCO, eei, 4 anchors, as in the paper", "eei-60", "kd-60", None),
-    ("never paused (switokd.py)", "mutual-15", "kd-15", None),
+    ("never paused", "mutual-15", "kd-15", None),
     ("SwitOKD", "switokd", "kd-15", "mutual-15"),
-    ("mutual learning (trikd.py)", "mutual-30", "kd-30", None),
+    ("mutual learning", "mutual-30", "kd-30", None),
     ("TriKD, generation 1", "trikd 1", "kd-30", "mutual-30"),
-    ("mutual learning (trikd.py)", "mutual-45", "kd-45", None),
+    ("mutual learning", "mutual-45", "kd-45", None),
     ("TriKD, generation 2", "trikd 2", "kd-45", "mutual-45"),
     ("unsupervised layers", "unsupervised", "kd-15", None),
     ("auxiliary heads, one layer", "heads-1", "kd-15", None),
@@ -97,29 +94,7 @@ ROWS = [  # of the table: label, run, KD with as many epochs, the method's own c
 ]
 SHORT = ("teacher-30", "alone-15", "alone-75", "kd-15", "kd-2b", "eei", "eei-60", "switokd",
          "trikd 1", "trikd 2", "letkd-1", "letkd-2", "tst")  # in README.md
-SMALL = {  # table: rows of label, run, control; and columns from the runs' measures
-    "firing": ([("never paused", "firing-never", None), ("SwitOKD", "firing", "firing-never")],
-               ("teacher", "paused", "switches")),
-    "few": ([("student alone", "alone-40", None), ("student alone", "alone-80", "few-mutual"),
-             ("mutual learning", "few-mutual", None),
-             ("TriKD, generation 1", "few-trikd", "few-mutual")], ("s_gap", "teacher", "t_gap")),
-}
-
-DIFFERENCES = [  # that the prose speaks of and the table does not have: label, run, other
-    ("alone 75 - KD 30", "alone-75", "kd-30"), ("alone 75 - KD 45", "alone-75", "kd-45"),
-    ("alone 75 - KD 60", "alone-75", "kd-60"), ("alone 75 - RCO eei 60", "alone-75", "eei-60"),
-    ("SwitOKD 15 - alone 15", "switokd", "alone-15"),
-    ("mutual learning 45 - alone 45", "mutual-45", "alone-45"),
-    ("TriKD generation 1 - alone 30", "trikd 1", "alone-30"),
-    ("TriKD generation 2 - alone 45", "trikd 2", "alone-45"),
-    ("TriKD generation 2 - generation 1", "trikd 2", "trikd 1"),
-    ("TriKD generation 1 - never paused 15", "trikd 1", "mutual-15"),
-    ("LetKD-1 - unsupervised layers (two)", "letkd-1", "unsupervised"),
-    ("LetKD-2 - unsupervised layers (two)", "letkd-2", "unsupervised"),
-    ("unsupervised layers (two) - alone 15", "unsupervised", "alone-15"),
-    ("TST - alone 30, on as many images", "tst", "alone-30"),
-]
-
+FIRING = [("never paused", "firing-never", None), ("SwitOKD", "firing", "firing-never")]
 # The second protocol, trained to the end: docs/protocol.md. Its runs stand in the order to run in:
 # the first trains the finished teacher and the student alone; the long ones come late; the last
 # two, of SwitOKD, wait for its grid.
@@ -155,9 +130,9 @@ END_ROWS = [  # as above; the student alone of 240 epochs is a by-product of mut
     ("RCO, eei, 4 anchors", "eei", "kd-120", "kd-restarts"),
     ("RCO, eei, 4 anchors, as in the paper", "eei-480", "kd-480", "kd-120"),
     ("RCO, greedy", "greedy", None, "eei"),
-    ("never paused (switokd.py)", "never", "kd-120", None),
+    ("never paused", "never", "kd-120", None),
     ("SwitOKD", "switokd", "kd-120", "never"),
-    ("mutual learning (trikd.py)", "mutual-240", None, "alone-240"),
+    ("mutual learning", "mutual-240", None, "alone-240"),
     ("TriKD, generation 1", "trikd 1", None, "mutual-240"),
     ("TriKD, generation 2", "trikd 2", None, "trikd 1"),
     ("unsupervised layers", "unsupervised", "kd-120", "alone-120"),
@@ -167,19 +142,52 @@ END_ROWS = [  # as above; the student alone of 240 epochs is a by-product of mut
     ("random augmentation, one operation, 2B images", "random", "kd-2b", None),
     ("TST, one operation, 2B images", "tst", "kd-2b", "random"),
 ]
-END_SMALL = {
-    "switokd": ([("never paused", "never", None), ("SwitOKD", "switokd", "never")],
-                ("gap", "teacher", "paused", "switches")),
-    "trikd": ([("mutual learning", "mutual-240", None),
-               ("TriKD, generation 1", "trikd 1", "mutual-240"),
-               ("TriKD, generation 2", "trikd 2", "mutual-240")], ("s_gap", "teacher", "t_gap")),
-}
+ABOVE, BELOW, LEVEL = (0, math.inf), (-math.inf, 0), (-1, 1)  # points
+NOT_BELOW, NOT_ABOVE = (-1, math.inf), (-math.inf, 1)  # level, or beyond
+HEADLINE = [  # claim, then run and other of the first table, of the second
+    ("KD > student alone of as many epochs", ("kd-15", "alone-15"), ("kd-120", "alone-120")),
+    ("KD > student alone of no more compute", ("kd-15", "alone-75"), ("kd-120", "alone-480")),
+    ("RCO > KD with the same restarts", ("eei", "kd-restarts"), ("eei", "kd-restarts")),
+    ("TriKD > mutual learning of as many epochs",
+     ("trikd 1", "mutual-30"), ("trikd 1", "mutual-240")),
+    ("LetKD-2 > auxiliary heads", ("letkd-2", "heads"), ("letkd-2", "heads")),
+    ("TST > random augmentation", ("tst", "random"), ("tst", "random")),
+]
+END_CLAIMS = [  # what docs/protocol.md predicts of run - other (of a measure): between what it lies
+    ("the regime", [("alone 480 at most a point above alone 120",
+                     "alone-480", "alone-120", NOT_ABOVE)]),
+    ("KD", [("KD 120 > alone 120", "kd-120", "alone-120", ABOVE),
+            ("KD 120 > alone 480", "kd-120", "alone-480", ABOVE),
+            ("with restarts at most a point above KD 120", "kd-restarts", "kd-120", NOT_ABOVE)]),
+    ("RCO", [("eei 480 > KD 120", "eei-480", "kd-120", ABOVE),
+             ("eei 480 > KD 480", "eei-480", "kd-480", ABOVE),
+             ("eei 120 > KD with restarts", "eei", "kd-restarts", ABOVE),
+             ("one-stage > KD 120", "one-stage", "kd-120", ABOVE),
+             ("one-stage at most a point below eei 480", "one-stage", "eei-480", NOT_BELOW),
+             ("greedy 510 at most a point below eei 120", "greedy", "eei", NOT_BELOW)]),
+    ("TriKD", [("generation 1 > mutual learning", "trikd 1", "mutual-240", ABOVE),
+               ("generation 2 > generation 1", "trikd 2", "trikd 1", ABOVE),
+               ("generation 2 > mutual learning", "trikd 2", "mutual-240", ABOVE),
+               ("smaller `s_gap` (after fewer epochs)", "trikd 1", "mutual-240", BELOW, "s_gap"),
+               ("smaller `t_gap` (after fewer epochs)", "trikd 1", "mutual-240", BELOW, "t_gap")]),
+    ("LetKD", [("LetKD-2 > LetKD-1", "letkd-2", "letkd-1", ABOVE),
+               ("LetKD-1 > KD 120", "letkd-1", "kd-120", ABOVE),
+               ("LetKD-2 > KD 120", "letkd-2", "kd-120", ABOVE),
+               ("LetKD-2 > auxiliary heads, two layers", "letkd-2", "heads", ABOVE),
+               ("auxiliary heads, one layer > alone 120", "heads-1", "alone-120", ABOVE),
+               ("auxiliary heads, two layers > alone 120", "heads", "alone-120", ABOVE),
+               ("unsupervised layers within a point of alone 120",
+                "unsupervised", "alone-120", LEVEL)]),
+    ("TST", [("TST > random augmentation", "tst", "random", ABOVE),
+             ("TST > KD on as many images", "tst", "kd-2b", ABOVE),
+             ("random augmentation > the same KD", "random", "kd-2b", ABOVE)]),
+]
 
 # prefix: of the names of its records' files and of its blocks in the pages
-FIRST = SimpleNamespace(prefix="", flags=FLAGS, taken=TAKEN, grid=GRID, runs=RUNS, rows=ROWS,
-                        small=SMALL, short=SHORT, differences=DIFFERENCES)
+FIRST = SimpleNamespace(prefix="", flags=FLAGS, taken=TAKEN, grid=GRID, runs=RUNS, rows=ROWS)
 END = SimpleNamespace(prefix="end-", flags=END_FLAGS, taken=END_TAKEN, grid=END_GRID,
-                      runs=END_RUNS, rows=END_ROWS, small=END_SMALL, short=(), differences=[])
+                      runs=END_RUNS, rows=END_ROWS)
+LEAST = 3  # seeds: a row or a difference of fewer is not printed
 
 
 # --------------------------------------------------------------------------------------- commands
@@ -309,14 +317,31 @@ def spread(values, digits=2):
     return f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
-def difference(ours, theirs):
-    """Mean of the paired differences and its 95 % interval."""
-    pairs = [a - b for a, b in zip(ours, theirs)]
-    mean = f"{statistics.mean(pairs):+.2f}"
-    if len(pairs) < 2:
-        return mean
-    half = QUANTILES[len(pairs)] * statistics.stdev(pairs) / math.sqrt(len(pairs))
-    return f"{mean} [{statistics.mean(pairs) - half:+.2f}, {statistics.mean(pairs) + half:+.2f}]"
+def interval(pairs):
+    """(mean, low, high) of the paired differences: their 95 % interval."""
+    gaps = [ours - theirs for ours, theirs in pairs]
+    mean = statistics.mean(gaps)
+    half = QUANTILES[len(gaps)] * statistics.stdev(gaps) / math.sqrt(len(gaps))
+    return mean, mean - half, mean + half
+
+
+def difference(pairs):
+    return "{:+.2f} [{:+.2f}, {:+.2f}]".format(*interval(pairs)) if len(pairs) >= LEAST else "-"
+
+
+def paired(found, run, other, measure=None):
+    """[(of the run, of the other)], test accuracies or a measure: of the seeds that have both."""
+    return [tuple(one[name]["measures"][measure] if measure else one[name]["test"]
+                  for name in (run, other))
+            for seed, one in found.items() if seed != TUNING and run in one and other in one]
+
+
+def verdict(pairs, floor, ceiling):
+    """Whether the difference lies between the two, as a claim says: by its interval."""
+    _, low, high = interval(pairs)
+    if high < floor or low > ceiling:
+        return "**contradicted**"
+    return "**seen**" if low > floor and high < ceiling else "open"
 
 
 def compute(record):
@@ -332,13 +357,10 @@ def markdown(header, lines):
 
 
 def of_row(found, run, *others):
-    """The records of the seeds that have `run`; and the differences of `run` to the others."""
-    seeds = [one for seed, one in found.items() if seed != TUNING and run in one]
-    gaps = []
-    for other in others:
-        pairs = [(one[run]["test"], one[other]["test"]) for one in seeds if other in one]
-        gaps.append(difference(*zip(*pairs)) if pairs else "-")
-    return [one[run] for one in seeds], gaps
+    """The records of `run`, if enough seeds have them; and its differences to the others."""
+    ours = [one[run] for seed, one in found.items() if seed != TUNING and run in one]
+    return (ours if len(ours) >= LEAST else [],
+            [difference(paired(found, run, other)) for other in others])
 
 
 def main_tables(found, protocol):
@@ -355,10 +377,13 @@ def main_tables(found, protocol):
         first = [label, epochs, spread([record["test"] for record in ours]), gap]
         work = f"{statistics.mean(map(compute, ours)) / 1e12:.1f}"
         seconds = statistics.median(record["seconds"] for record in ours)
-        own_gap += f" ({names[control]})" if control and own_gap != "-" else ""
+        if own_gap != "-":
+            others, _ = of_row(found, control)
+            length = f" of {others[0]['epochs']}" * (others[0]["epochs"] != ours[0]["epochs"])
+            own_gap += f" ({names[control]}{length})"
         long.append([*first, own_gap, *thousand, work, f"{seconds:.0f}",
                      f"{ours[0]['parameters']:,}", len(ours)])
-        if run in protocol.short:
+        if run in SHORT:
             short.append([*first, own_gap, work])
     return (markdown(["run", "epochs", "accuracy", "to KD", "to its control",
                       "student: images forward, backward (thousands)", "teacher: the same",
@@ -367,18 +392,15 @@ def main_tables(found, protocol):
                       "multiply-adds (10^12)"], short))
 
 
-def small_table(found, rows, columns):
+def firing_table(found, measures=("teacher", "paused", "switches")):
     lines = []
-    for label, run, control in rows:
+    for label, run, control in FIRING:
         ours, (gap,) = of_row(found, run, control)
-        if ours:
-            measures = [[r["measures"][name] for r in ours if name in r["measures"]]
-                        for name in columns]
-            lines.append([label, ours[0]["epochs"], spread([r["test"] for r in ours]), gap,
-                          *(spread(values) if values else "-" for values in measures),
-                          f"{statistics.mean(map(compute, ours)) / 1e12:.2f}", len(ours)])
-    return markdown(["run", "epochs", "accuracy", "difference", *columns, "multiply-adds (10^12)",
-                     "seeds"], lines)
+        lines.append([label, ours[0]["epochs"], spread([r["test"] for r in ours]), gap,
+                      *(spread([r["measures"][name] for r in ours]) for name in measures),
+                      f"{statistics.mean(map(compute, ours)) / 1e12:.2f}", len(ours)])
+    return markdown(["run", "epochs", "accuracy", "difference", *measures,
+                     "multiply-adds (10^12)", "seeds"], lines)
 
 
 def tuning_table(of_seed, protocol):
@@ -394,17 +416,38 @@ def tuning_table(of_seed, protocol):
     return markdown(["method", "constant", *["value: accuracy"] * 4], lines)
 
 
+def headline(*tables):
+    """The papers' claims in both tables."""
+    lines = []
+    for said, *runs in HEADLINE:
+        pairs = [paired(found, *two) for found, two in zip(tables, runs)]
+        lines.append([said, *(f"{difference(one)}, {verdict(one, *ABOVE)}" for one in pairs)])
+    return markdown(["claim", "first table, points [95 %]", "second table"], lines)
+
+
+def claims_table(found):
+    """What was predicted of the second protocol, and what came."""
+    lines = []
+    for of, claims in END_CLAIMS:
+        cells = []
+        for said, run, other, limits, *measure in claims:
+            pairs = paired(found, run, other, *measure)
+            if len(pairs) >= LEAST:
+                cells.append([said, difference(pairs), verdict(pairs, *limits)])
+        if cells:
+            lines.append([of, *("<br>".join(column) for column in zip(*cells))])
+    return markdown(["of", "predicted", "points [95 %]", "came"], lines)
+
+
 def blocks(protocol=FIRST):
     """{name of a block in the pages: its text}, made from docs/results/ alone."""
     found = records(protocol)
     long, short = main_tables(found, protocol)
     tuning = tuning_table(found.get(TUNING, {}), protocol)
-    small = {name: small_table(found, *table) for name, table in protocol.small.items()}
-    pairs = [[label, *of_row(found, run, other)[1]] for label, run, other in protocol.differences]
-    small["differences"] = markdown(2 * ["difference", "points [95 %]"],
-                                    [one + two for one, two in zip(pairs[::2], pairs[1::2])])
-    return {f"{protocol.prefix}{name}": block for name, block in {
-        "table": long, "short table": short, "tuning": tuning, **small}.items()}
+    if protocol is END:
+        return {"end-table": long, "end-tuning": tuning, "end-claims": claims_table(found),
+                "headline": headline(records(), found)}
+    return {"table": long, "short table": short, "tuning": tuning, "firing": firing_table(found)}
 
 
 def filled(text, of):
@@ -416,26 +459,27 @@ def filled(text, of):
     return text
 
 
-def plot(found):
-    """docs/results.png: accuracy against compute, one point a run."""
+def plot():
+    """docs/results.png: accuracy against compute, one point a run, both tables."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    kinds = [label.split(",")[0].rstrip("-12") for label, *_ in ROWS]
-    for kind, (_, run, *_) in zip(kinds, ROWS):
-        place = [*dict.fromkeys(kinds)].index(kind)
-        points = [(compute(of_seed[run]) / 1e12, of_seed[run]["test"])
-                  for seed, of_seed in found.items() if seed != TUNING and run in of_seed]
-        if points:
-            axes.scatter(*zip(*points), s=18, color=f"C{place % 10}", marker="os^"[place // 10],
-                         label=kind)
-    handles = dict(zip(*reversed(axes.get_legend_handles_labels())))
-    axes.legend(handles.values(), handles.keys(), fontsize=8)
-    axes.set(xscale="log", ylabel="test accuracy (%)",
-             xlabel="multiply-adds of the training (10^12), without the finished teacher's",
-             title="CIFAR-10 (JPEG) at 16x16, one point a run")
-    figure.savefig(ROOT / "docs" / "results.png", dpi=110)
+    figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
+    kind = {run: label.split(",")[0].rstrip("-12") for label, run, *_ in ROWS + END_ROWS}
+    places = [*dict.fromkeys(kind.values())]
+    for axes, protocol, title in zip(panels, (FIRST, END), ("20,000 images", "5,000 images")):
+        for _, run, *_ in protocol.rows:
+            place = places.index(kind[run])
+            ours, _ = of_row(records(protocol), run)
+            axes.scatter([compute(one) / 1e12 for one in ours], [one["test"] for one in ours],
+                         s=18, color=f"C{place % 10}", marker="os^"[place // 10], label=kind[run])
+        axes.set(xscale="log", ylabel="test accuracy (%)", title=title)
+        axes.set_xticks([1, 2, 5, 10, 20, 50], [1, 2, 5, 10, 20, 50])
+        axes.minorticks_off()
+    figure.supxlabel("multiply-adds of the training (10^12), without the finished teacher's")
+    handles = dict(zip(*reversed(panels[1].get_legend_handles_labels())))
+    figure.legend(handles.values(), handles.keys(), fontsize=8, loc="outside right")
+    figure.savefig(ROOT / "docs" / "results.png", dpi=100)
 
 
 def main(arguments):
@@ -453,7 +497,7 @@ def main(arguments):
         path = ROOT / page
         path.write_text(filled(path.read_text(), blocks(FIRST) | blocks(END)))
     try:
-        plot(records())
+        plot()
     except ImportError:
         print("no plot: pip install matplotlib")
 

@@ -26,8 +26,7 @@ def holds(text, name, block):
 def test_the_pages_hold_what_the_records_say():
     pages = [(ROOT / name).read_text() for name in results.PAGES]
     readme = pages[-1]
-    tuning = results.blocks(results.END)["end-tuning"]  # the second protocol's rows are under way
-    for name, block in (results.blocks() | {"end-tuning": tuning}).items():
+    for name, block in (results.blocks() | results.blocks(results.END)).items():
         page, = (text for text in pages if f"<!-- {name} -->" in text)
         holds(page, name, block)
     kept = json.loads(ablations.KEPT.read_text())
@@ -39,19 +38,21 @@ def test_the_pages_hold_what_the_records_say():
 
 FOUND = results.records()
 TABLE = {seed: runs for seed, runs in FOUND.items() if seed != results.TUNING}
+END = results.records(results.END)
+LONG = [runs for runs in END.values() if "greedy" in runs]
 
 
-def gap(ours, theirs, sign=1, of=lambda record: record["test"]):
-    """(mean, low, high) of the paired differences, as `results.difference` has them."""
-    pairs = [[of(runs[ours]), of(runs[theirs])] for runs in TABLE.values()
-             if ours in runs and theirs in runs]
-    text = results.difference(*(zip(*pairs) if sign > 0 else [*zip(*pairs)][::-1]))
-    return [float(number) for number in re.findall(r"[-+][\d.]+", text)]
+def gap(ours, theirs, measure=None, found=FOUND):
+    """(mean, low, high) of the paired differences."""
+    return results.interval(results.paired(found, ours, theirs, measure))
 
 
-def mean(run, measure=None):
-    values = [runs[run]["measures"][measure] if measure else runs[run]["test"]
-              for runs in TABLE.values() if measure is None or measure in runs[run]["measures"]]
+def below(ours, theirs, measure=None, found=FOUND):
+    return gap(theirs, ours, measure, found)
+
+
+def mean(run, measure=None, found=FOUND):
+    values = [ours for ours, _ in results.paired(found, run, run, measure)]
     return sum(values) / len(values)
 
 
@@ -62,68 +63,108 @@ def shares(run, other):
     return min(saved), max(saved)
 
 
-def teacher(record):
-    return record["measures"].get("teacher", record["test"])
+KEPT = json.loads(ablations.KEPT.read_text())  # the runs with one thing removed
 
 
+def removal(run, other):
+    return results.interval(ablations.pairs(KEPT, run, other))
+
+
+EEI = sorted(route - eei for eei, route in ablations.pairs(KEPT, "rco", "rco-route"))
+TEACHERS = {run: sorted(KEPT[f"switokd{run}"]["teacher"]) for run in (
+    "", "-epsilon", "-guard", "-peer", "-online")}
+LETKD = [abs(removal("letkd", f"letkd-{run}")[0]) for run in (
+    "supervision", "forward", "sub", "decisions", "inter", "layers", "words", "relu")]
 STUDENT, TEACHER = TABLE[1]["kd-15"]["multiply_adds"]
-PROSE = {  # of docs/results.md and README.md: the text, with {} for what follows from the records
-    "ahead of the student alone at equal epochs, by {:.1f} [{:.1f}, {:.1f}] at 15":
-        gap("kd-15", "alone-15"),
-    "At equal compute it is {:.1f} behind": gap("alone-75", "kd-15"),
-    "its own control: RCO {:+.1f} [{:+.1f}, {:+.1f}], LetKD {:+.1f} [{:+.1f}, {:+.1f}], TST {:+.1f}"
-    " [{:+.1f}, {:+.1f}]": gap("eei", "kd-restarts") + gap("letkd-2", "heads")
-        + gap("tst", "random"),
-    "TriKD is {:.1f} [{:.1f}, {:.1f}] below": gap("trikd 1", "mutual-30", -1),
+PROSE = {  # of the pages in GIVEN: the text, with {} for what follows from the records
     "costs 1/{:.0f} of its multiply-adds": [TEACHER / STUDENT],
-    "both train: {:.1f}, {:.1f} and {:.1f} points at 15, 30 and 45": [
+    "student alone: by {:.1f}, {:.1f} and {:.1f} points at 15, 30 and 45": [
         gap(f"kd-{E}", f"alone-{E}")[0] for E in (15, 30, 45)],
     "as 15 of KD, and are {:.1f} points ahead": gap("alone-75", "kd-15"),
     "costs a {:.0f}th of its teacher": [TEACHER / STUDENT],
     "one-stage barely: {:+.1f} [{:+.1f}, {:.1f}]": gap("one-stage", "kd-30"),
-    "cost KD {:.1f} points": gap("kd-restarts", "kd-15", -1),
-    "But that is {:+.1f} [{:+.1f}, {:+.1f}]": gap("eei", "kd-restarts"),
-    "(mean G {:.2f} to {:.2f})": [edge(runs["switokd"]["measures"]["gap"]
-                                       for runs in TABLE.values()) for edge in (min, max)],
-    "It is {:.1f} points below KD": gap("switokd", "kd-15", -1),
-    "is behind KD: {:.1f} points at 45 epochs. There": gap("mutual-45", "kd-45", -1),
+    "cost KD {:.1f} points": below("kd-restarts", "kd-15"),
+    "restarts is open: {:+.1f} [{:+.1f}, {:+.1f}]": gap("eei", "kd-restarts"),
+    "It is {:.1f} points below KD": below("switokd", "kd-15"),
+    "{:.1f} points behind KD at 45 epochs": below("mutual-45", "kd-45"),
     "the online teacher has {:.1f} %, near KD's {:.1f}": [
         mean("mutual-45", "teacher"), mean("teacher-30")],
     "At as many epochs {:.1f} and {:.1f} points below mutual learning": [
-        gap(f"trikd {g}", f"mutual-{15 * (g + 1)}", -1)[0] for g in (1, 2)],
-    "generation 1 is {:.1f} points ahead, its teacher {:.1f} behind": [
-        gap("trikd 1", "mutual-15")[0], gap("trikd 1", "mutual-15", -1, teacher)[0]],
-    "Supervision, two layers: {:+.1f} [{:+.1f}, {:+.1f}]": gap("letkd-2", "unsupervised"),
+        below(f"trikd {g}", f"mutual-{15 * (g + 1)}")[0] for g in (1, 2)],
+    "generation 1 is {:.1f} points ahead [{:.1f}, {:.1f}]": gap("trikd 1", "mutual-15"),
+    "its teacher {:.1f} behind": below("trikd 1", "mutual-15", "teacher"),
+    "LetKD-2 minus unsupervised layers: {:+.1f} [{:+.1f}, {:+.1f}]": gap("letkd-2", "unsupervised"),
     "KD on logits is {:.0f} to {:.0f} points ahead": [
-        gap(f"letkd-{layers}", "kd-15", -1)[0] for layers in (1, 2)],
-    "{:.1f} points below KD on as many plain originals": gap("tst", "kd-2b", -1),
+        below(f"letkd-{layers}", "kd-15")[0] for layers in (1, 2)],
+    "{:.1f} points below KD on as many plain originals": below("tst", "kd-2b"),
     "teacher {:.3f} to {:.3f}, student {:.3f} to {:.3f}": [
         mean("tst", f"{who}_{when}") for who in "TS" for when in ("before", "after")],
     "save {:.0f} to {:.0f} % of the multiply-adds": shares("firing", "firing-never"),
     "The teacher loses {:.1f} points [{:+.1f}, {:+.1f}]": [
-        gap("firing", "firing-never", -1, teacher)[0],
-        *gap("firing", "firing-never", 1, teacher)[1:]],
-    "gains nothing ({:+.2f} [{:+.2f}, {:+.2f}])": gap("firing", "firing-never"),
-    "chain is {:.1f} points below the student alone of as many epochs [{:.1f}, {:.1f}]":
-        [gap("few-trikd", "alone-80", -1)[0], *gap("few-trikd", "alone-80")[1:]],
-    "and {:.1f} below mutual learning [{:.1f}, {:.1f}]":
-        [gap("few-trikd", "few-mutual", -1)[0], *gap("few-trikd", "few-mutual")[1:]],
+        below("firing", "firing-never", "teacher")[0],
+        *gap("firing", "firing-never", "teacher")[1:]],
+    "student is seen ({:+.2f} [{:+.2f}, {:+.2f}])": gap("firing", "firing-never"),
     "tried first, gave {:.2f} and {:.2f}": [FOUND[9][f"RCO-{N}"]["test"] for N in (8, 15)],
-    "15 epochs of KD, and is {:.1f} points ahead": gap("alone-75", "kd-15"),
+    "15 of KD, and is {:.1f} points ahead": gap("alone-75", "kd-15"),
+    # the second table
+    "alone are {:.1f} points above 120, 480 are {:.1f}": [
+        gap(f"alone-{E}", "alone-120", found=END)[0] for E in (240, 480)],
+    "120 ({:.1f} ahead [{:.1f}, {:.1f}])": gap("alone-480", "kd-120", found=END),
+    "takes {:.0f} stages of 30": [sum(runs["greedy"]["epochs"] for runs in LONG) / 30 / len(LONG)],
+    "It is {:.1f} [{:.1f}, {:.1f}] above eei 120": gap("greedy", "eei", found=END),
+    "It is {:.1f} [{:.1f}, {:.1f}] below KD of 120": below("switokd", "kd-120", found=END),
+    "is {:.1f} [{:.1f}, {:.1f}] above the student alone of 240":
+        gap("mutual-240", "alone-240", found=END),
+    "as many epochs, has {:+.1f} [{:+.1f}, {:+.1f}]": gap("trikd 1", "alone-240", found=END),
+    "last student's 120 epochs {:+.1f} [{:+.1f}, {:+.1f}]":
+        gap("trikd 1", "alone-120", found=END),
+    "LetKD-2 minus unsupervised layers is {:+.1f} [{:+.1f}, {:+.1f}]":
+        gap("letkd-2", "unsupervised", found=END),
+    "plain images is {:.1f} [{:.1f}, {:.1f}] ahead": gap("kd-2b", "tst", found=END),
+    # what the embedded set shows
+    "(alone {:.0f} %)": [sum(TEACHERS["-online"]) / 5],
+    "In four seeds eei is on average {:.0f} points": [sum(EEI[:4]) / 4],
+    "in the fifth {:.0f}.": EEI[4:],
+    "costs {:.0f} points [{:.0f}, {:.0f}]": removal("rco", "rco-stages"),
+    "without T² {:.1f} times": [sum(KEPT["rco-T2"]["kl_final"]) / sum(KEPT["rco"]["kl_final"])],
+    "ends at {:.0f} to {:.0f} %": TEACHERS["-epsilon"][::4],
+    "paused, at {:.0f} to {:.0f} %": TEACHERS["-guard"][:4:3],
+    "ends {:.0f} points lower": [(sum(TEACHERS[""]) - sum(TEACHERS["-peer"])) / 5],
+    "{:.0f} points [{:+.1f}, {:+.0f}] ahead": removal("switokd-online", "switokd-switch"),
+    "is {:.0f} points better to learn from, [{:+.0f}, {:+.0f}]": removal("trikd-online", "trikd"),
+    "No teacher at all is {:.0f} points better, [{:+.0f}, {:+.0f}]":
+        removal("trikd-teacher", "trikd"),
+    "run's {:.0f} points": removal("trikd-compute", "trikd"),
+    "has {:.1f}, by mutual learning {:.1f}": [
+        sum(KEPT[run]["test"]) / 5 for run in ("alone-36", "trikd-compute")],
+    "supervision ({:.2f}), what is added ({:.2f}), sub-classes ({:.2f})": LETKD[:3],
+    "decisions ({:.2f}), their loss ({:.2f}), KD on logits ({:.2f})": LETKD[3:6],
+    "words' loss ({:.2f}), what is added, the ReLU ({:.2f})": LETKD[6:],
+    "(17) are worth {:.0f} points": removal("tst", "tst-originals"),
+    "plain originals are {:.0f} points better": removal("tst-module", "tst"),
+    "Half as many are {:.0f} points better": removal("tst-half", "tst"),
+    "alone: 0 ± {:.1f}": removal("tst", "alone-12")[2:],
 }
 GIVEN = {  # what the prose says of protocols and machines
-    "docs/results.md": "0 1 2 3 4 5 7 8 10 15 24 30 40 45 60 64 75 80 95 512 5,000 10,000 20,000 "
-                       "0.05 0.4 0.9 2.14.1",
-    "docs/protocol.md": "0 1 2 3 4 5 6 7 8 9 10 15 16 24 30 45 64 75 95 120 0.2 0.5 0.8 5,000 "
-                        "10,000 16,000",
-    "README.md": "1 4 6 10 12 15 16 20,000 75"}
+    "docs/results.md": "0 1 2 3 4 5 7 8 10 12 15 24 30 40 45 60 64 75 95 120 240 480 512 0.05 0.4 "
+                       "0.9 5,000 10,000 20,000 2.14.1",
+    "docs/protocol.md": "0 1 2 3 4 5 6 7 8 9 10 14 15 16 24 30 45 64 75 95 120 0.05 0.2 0.5 0.8 "
+                        "0.9 5,000 10,000 16,000",
+    "README.md": "1 2 4 6 10 12 15 16 20 36 64 75 120 512 0.1 2,000 2,500 5,000 2.14.1 "
+                 "20,000",
+    # numbers of equations and flags, parts of the data, what other runs than these measured
+    "docs/rco.md": "1 3 4 5 6 7 8 13 15 78 84", "docs/switokd.md": "8", "docs/trikd.md": "0 0.1 36",
+    "docs/letkd.md": "0 832", "docs/tst.md": "0 12 13 14 80"}
 
 
 def prose(page):
-    """Without blocks, code and commands, in one line."""
+    """Without blocks, code and commands, in one line: of a method's page below its removals."""
     text = (ROOT / page).read_text()
     if page == "README.md":
-        text = text.partition("**Real images")[2].partition("## Running")[0]
+        text = text.partition("**The embedded set")[2].partition("## Running")[0]
+    if "<!-- removed -->" in text:
+        text = text.partition("<!-- removed -->")[2].partition("<!-- end -->")[2]
+        text = text.partition("\n## ")[0]
     text = re.sub(r"<!-- (?!end -->).*?<!-- end -->|```.*?```|`[^`]*`", " ", text, flags=re.DOTALL)
     return " ".join(text.split())
 
@@ -150,10 +191,19 @@ def test_what_the_prose_calls_ahead_and_level():
             ("trikd 2", "trikd 1"), ("letkd-1", "heads-1"), ("letkd-2", "heads")]:
         middle, low, high = gap(*pair)
         assert low < 0 < high and abs(middle) < 1, pair
+    for pair in ("greedy", "kd-2b"), ("tst", "random"):
+        middle, low, high = gap(*pair, found=END)
+        assert low < 0 < high and abs(middle) < 1, pair
+    for run in ("letkd-2", "tst"):
+        assert gap(run, "kd-2b" if run == "tst" else "kd-120", found=END)[2] < 0, run
+    assert not any(runs[run]["measures"]["paused"] for runs in END.values() if "kd-120" in runs
+                   for run in ("switokd", "never") if run in runs)
     for ours, theirs in (("alone-75", "kd-30"), ("eei", "kd-restarts"), ("letkd-2", "unsupervised"),
                          ("unsupervised", "alone-15"), ("firing", "firing-never")):
         assert gap(ours, theirs)[1] < 0 < gap(ours, theirs)[2], ours  # open
     assert all(gap(run, kd)[1] < 0 for _, run, kd, _ in results.ROWS if kd and run != "kd-2b")
+    assert not any(gap(run, kd, found=END)[1] > 0 for _, run, kd, _ in results.END_ROWS
+                   if kd and len(results.paired(END, run, kd)) >= results.LEAST)
     assert abs(results.compute(TABLE[1]["alone-75"]) / results.compute(TABLE[1]["kd-15"]) - 1) < 0.1
 
 
@@ -204,8 +254,7 @@ def test_second_protocol():
         if script in ("letkd.py", "tst.py"):
             assert f"resnet20-{E}-*/epoch-0{E}.pt" in str(settings["teacher_weights"])
     lengths |= {"trikd 1": 2 * E, "trikd 2": 3 * E, **teachers}  # with their anchors
-    rows = results.END.rows + sum((rows for rows, _ in results.END.small.values()), [])
-    assert {run for _, run, *_ in rows} == lengths.keys() - {"trikd"}
+    assert {run for _, run, *_ in results.END.rows} == lengths.keys() - {"trikd"}
     for label, run, kd, *control in results.END.rows:
         unequal = run in ("alone-480", "eei-480", "greedy", "trikd 2")  # to its control
         assert kd is None or lengths[kd] == lengths[run], label
@@ -218,18 +267,27 @@ def test_second_protocol():
 def test_statistics():
     """By hand: differences 1, 2, 3: mean 2, sd 1, half width 4.303 / sqrt(3) = 2.48."""
     assert results.spread([1.0, 2.0, 3.0]) == "2.00 ± 1.00" and results.spread([4.0]) == "4.00"
-    pairs = ([2, 4, 6], [1, 2, 3]), ([1.0], [2.5])
-    assert [results.difference(*pair) for pair in pairs] == ["+2.00 [-0.48, +4.48]", "-1.50"]
+    pairs = [(2, 1), (4, 2), (6, 3)]
+    assert results.difference(pairs) == "+2.00 [-0.48, +4.48]"
+    assert results.difference(pairs[:2]) == "-"
+    verdicts = {(0, 9): "open", (-1, 9): "seen", (-1, 4): "open", (5, 9): "contradicted",
+                (-9, -1): "contradicted", (4, 9): "open"}
+    assert {claim: results.verdict(pairs, *claim).strip("*") for claim in verdicts} == verdicts
     record = {"multiply_adds": [10, 100], "student": [5, 4, 0], "teacher": [3, 1, 7]}
     assert results.compute(record) == 10 * (5 + 8) + 100 * (3 + 2 + 7)
     network = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Flatten(), nn.Linear(4 * 64, 5))
     assert results.cost(network, 8) == (27 * 4 + 4 + 256 * 5 + 5, 27 * 4 * 64 + 256 * 5)
     rows = [{"stage": 1, "s": 2.0}, {"stage": 1, "s": 1.0}, {"stage": 2, "s": 5.0}]
     assert results.seconds({"rows": rows, "searches": [{"before_epoch": 1, "s": 3.0}]}) == 2 + 5 + 3
-    found = {0: {"a": {"test": 2.0}, "b": {"test": 1.0}}, 1: {"a": {"test": 4.0}},
-             2: {"b": {"test": 0.0}}, results.TUNING: {"a": {"test": 9.0}, "b": {"test": 0.0}}}
-    ours, gaps = results.of_row(found, "a", "b", None)  # paired: seed 0 alone has both
-    assert [one["test"] for one in ours] == [2.0, 4.0] and gaps == ["+1.00", "-"]
+    tests = {0: {"a": 2.0, "b": 1.0}, 1: {"a": 4.0}, 2: {"b": 0.0}, 3: {"a": 4.0, "b": 2.0},
+             4: {"a": 6.0, "b": 3.0}, results.TUNING: {"a": 9.0, "b": 0.0}}
+    found = {seed: {run: {"test": test} for run, test in runs.items()}
+             for seed, runs in tests.items()}
+    ours, gaps = results.of_row(found, "a", "b", None)  # paired: seeds 0, 3 and 4 have both
+    assert [one["test"] for one in ours] == [2, 4, 4, 6] and gaps == ["+2.00 [-0.48, +4.48]", "-"]
+    del found[2], found[4]  # a row of three seeds, a difference of two
+    assert len(results.of_row(found, "a", "b")[0]) == 3
+    assert results.of_row(found, "a", "b")[1] == ["-"] and not results.of_row(found, "b")[0]
 
 
 def test_records_of_every_kind_of_run(run, tmp_path, monkeypatch):
