@@ -1,4 +1,4 @@
-"""One table of the five methods: the commands of its runs, and its numbers from their records.
+"""The two tables of the five methods: the commands of their runs, numbers from the records.
 
     python docs/results.py --commands DATA FOLDER SEED ...    print the commands, a line each
     python docs/results.py FOLDER    keep the records of the runs that have ended in docs/results/,
