@@ -95,9 +95,10 @@ ROWS = [  # of the table: label, run, KD with as many epochs, the method's own c
 SHORT = ("teacher-30", "alone-15", "alone-75", "kd-15", "kd-2b", "eei", "eei-60", "switokd",
          "trikd 1", "trikd 2", "letkd-1", "letkd-2", "tst")  # in README.md
 FIRING = [("never paused", "firing-never", None), ("SwitOKD", "firing", "firing-never")]
-# The second protocol, trained to the end: docs/protocol.md. Its runs stand in the order to run in:
-# the first trains the finished teacher and the student alone; the long ones come late; the last
-# two, of SwitOKD, wait for its grid.
+
+# The second protocol, of docs/protocol.md: few images, many epochs. Its runs stand in the order to
+# run in: the first trains the finished teacher and the student alone; the long ones come late; the
+# last two, of SwitOKD, wait for its grid.
 END_FLAGS = "--dataset folder --data {data} --image-size 16 --train-fraction 0.1"
 END_TAKEN = {**TAKEN, "RCO": 4, "SwitOKD": 2}  # N: the paper's; tau: by the grid
 END_RCO = f"rco.py --epochs 120 {T}"  # the finished teacher's epochs; the student's are in a stage
