@@ -56,6 +56,12 @@ def mean(run, measure=None, found=FOUND):
     return sum(values) / len(values)
 
 
+def times(run, other, found):
+    """The multiply-adds of `run` in those of `other`."""
+    record, base = next((runs[run], runs[other]) for runs in found.values() if run in runs)
+    return results.compute(record) / results.compute(base)
+
+
 def shares(run, other):
     """Of the multiply-adds of `other`, smallest and largest share that `run` saves, in %."""
     saved = [100 * (1 - results.compute(runs[run]) / results.compute(runs[other]))
@@ -80,15 +86,12 @@ PROSE = {  # of the pages in GIVEN: the text, with {} for what follows from the 
     "costs 1/{:.0f} of its multiply-adds": [TEACHER / STUDENT],
     "student alone: by {:.1f}, {:.1f} and {:.1f} points at 15, 30 and 45": [
         gap(f"kd-{E}", f"alone-{E}")[0] for E in (15, 30, 45)],
-    "as 15 of KD, and are {:.1f} points ahead": gap("alone-75", "kd-15"),
+    "cost as much as 15 of KD, and are {:.1f} points ahead": gap("alone-75", "kd-15"),
     "costs a {:.0f}th of its teacher": [TEACHER / STUDENT],
     "one-stage barely: {:+.1f} [{:+.1f}, {:.1f}]": gap("one-stage", "kd-30"),
     "cost KD {:.1f} points": below("kd-restarts", "kd-15"),
     "restarts is open: {:+.1f} [{:+.1f}, {:+.1f}]": gap("eei", "kd-restarts"),
     "It is {:.1f} points below KD": below("switokd", "kd-15"),
-    "{:.1f} points behind KD at 45 epochs": below("mutual-45", "kd-45"),
-    "the online teacher has {:.1f} %, near KD's {:.1f}": [
-        mean("mutual-45", "teacher"), mean("teacher-30")],
     "At as many epochs {:.1f} and {:.1f} points below mutual learning": [
         below(f"trikd {g}", f"mutual-{15 * (g + 1)}")[0] for g in (1, 2)],
     "generation 1 is {:.1f} points ahead [{:.1f}, {:.1f}]": gap("trikd 1", "mutual-15"),
@@ -103,22 +106,27 @@ PROSE = {  # of the pages in GIVEN: the text, with {} for what follows from the 
     "The teacher loses {:.1f} points [{:+.1f}, {:+.1f}]": [
         below("firing", "firing-never", "teacher")[0],
         *gap("firing", "firing-never", "teacher")[1:]],
-    "student is seen ({:+.2f} [{:+.2f}, {:+.2f}])": gap("firing", "firing-never"),
     "tried first, gave {:.2f} and {:.2f}": [FOUND[9][f"RCO-{N}"]["test"] for N in (8, 15)],
-    "15 of KD, and is {:.1f} points ahead": gap("alone-75", "kd-15"),
     # the second table
     "alone are {:.1f} points above 120, 480 are {:.1f}": [
         gap(f"alone-{E}", "alone-120", found=END)[0] for E in (240, 480)],
-    "120 ({:.1f} ahead [{:.1f}, {:.1f}])": gap("alone-480", "kd-120", found=END),
+        "the gain is open ({:+.1f} [{:+.1f}, {:+.1f}])": gap("alone-480", "alone-240", found=END),
+    "KD is ahead, by {:.1f} at 120, by {:.1f} at 480": [
+        gap(f"kd-{E}", f"alone-{E}", found=END)[0] for E in (120, 480)],
+    "480 epochs, are {:.1f} [{:.1f}, {:.1f}] above KD of 120": gap("eei-480", "kd-120", found=END),
+    "KD of 480 costs the same and is {:.1f} [{:.1f}, {:.1f}] above": gap(
+        "kd-480", "eei-480", found=END),
     "takes {:.0f} stages of 30": [sum(runs["greedy"]["epochs"] for runs in LONG) / 30 / len(LONG)],
     "It is {:.1f} [{:.1f}, {:.1f}] above eei 120": gap("greedy", "eei", found=END),
-    "It is {:.1f} [{:.1f}, {:.1f}] below KD of 120": below("switokd", "kd-120", found=END),
-    "is {:.1f} [{:.1f}, {:.1f}] above the student alone of 240":
-        gap("mutual-240", "alone-240", found=END),
     "as many epochs, has {:+.1f} [{:+.1f}, {:+.1f}]": gap("trikd 1", "alone-240", found=END),
     "last student's 120 epochs {:+.1f} [{:+.1f}, {:+.1f}]":
         gap("trikd 1", "alone-120", found=END),
-    "LetKD-2 minus unsupervised layers is {:+.1f} [{:+.1f}, {:+.1f}]":
+        "mutual learning of as many student epochs costs {:.1f} times": [
+        times("mutual-240", "trikd 1", END)],
+    "and is level: {:+.1f} [{:+.1f}, {:+.1f}]": gap("trikd 1", "switokd", found=END),
+    "LetKD-2 is {:.1f} [{:.1f}, {:.1f}] above the student alone":
+        gap("letkd-2", "alone-120", found=END),
+    "minus unsupervised layers it is {:+.1f} [{:+.1f}, {:+.1f}]":
         gap("letkd-2", "unsupervised", found=END),
     "plain images is {:.1f} [{:.1f}, {:.1f}] ahead": gap("kd-2b", "tst", found=END),
     # what the embedded set shows
@@ -194,8 +202,16 @@ def test_what_the_prose_calls_ahead_and_level():
     for pair in ("greedy", "kd-2b"), ("tst", "random"):
         middle, low, high = gap(*pair, found=END)
         assert low < 0 < high and abs(middle) < 1, pair
-    for run in ("letkd-2", "tst"):
-        assert gap(run, "kd-2b" if run == "tst" else "kd-120", found=END)[2] < 0, run
+    for found, kd, behind in ((TABLE, "kd-15", "mutual-15 letkd-1"), (END, "kd-120", "")):
+        for run in ["switokd", "letkd-2", "tst", *behind.split()]:
+            assert gap(run, "kd-2b" if run == "tst" else kd, found=found)[2] < 0, run
+    assert all(gap(f"trikd {g}", f"kd-{15 * (g + 1)}")[2] < 0 for g in (1, 2))
+    assert gap("letkd-1", "kd-120", found=END)[2] > 0
+    route = [(END, "eei", "kd-120"), (END, "one-stage", "kd-120"), (END, "eei-480", "kd-480"),
+             (FOUND, "eei", "kd-15"), (FOUND, "one-stage", "kd-30"), (FOUND, "eei-60", "kd-60")]
+    assert all(abs(gap(run, kd, found=found)[0]) < 1 for found, run, kd in route)
+    assert abs(times("alone-480", "kd-120", END) - 0.75) < 0.03
+    assert abs(times("switokd", "trikd 1", END) - 0.9) < 0.03
     assert not any(runs[run]["measures"]["paused"] for runs in END.values() if "kd-120" in runs
                    for run in ("switokd", "never") if run in runs)
     for ours, theirs in (("alone-75", "kd-30"), ("eei", "kd-restarts"), ("letkd-2", "unsupervised"),
