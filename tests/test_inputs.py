@@ -370,6 +370,7 @@ def world():
             torch.get_rng_state().tolist(), random.getstate(), str(numpy.random.get_state()),
             torch.get_num_threads(), torch.get_default_dtype(), [*warnings.filters])
 sys.argv[:] = []
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 before = world()
 import common, letkd, rco, switokd, trikd, tst
 import tst_detection, tst_segmentation
