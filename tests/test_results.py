@@ -111,7 +111,7 @@ PROSE = {  # of the pages in GIVEN: the text, with {} for what follows from the 
     # the second table
     "alone are {:.1f} points above 120, 480 are {:.1f}": [
         gap(f"alone-{E}", "alone-120", found=END)[0] for E in (240, 480)],
-        "the gain is open ({:+.1f} [{:+.1f}, {:+.1f}])": gap("alone-480", "alone-240", found=END),
+    "the gain is open ({:+.1f} [{:+.1f}, {:+.1f}])": gap("alone-480", "alone-240", found=END),
     "KD is ahead, by {:.1f} at 120, by {:.1f} at 480": [
         gap(f"kd-{E}", f"alone-{E}", found=END)[0] for E in (120, 480)],
     "480 epochs is {:.1f} [{:.1f}, {:.1f}] above KD of 120": gap("eei-480", "kd-120", found=END),
@@ -122,7 +122,7 @@ PROSE = {  # of the pages in GIVEN: the text, with {} for what follows from the 
     "alone is {:+.1f} [{:+.1f}, {:+.1f}] at as many epochs": gap(
         "trikd 1", "alone-240", found=END),
     "{:+.1f} [{:+.1f}, {:+.1f}] at 120": gap("trikd 1", "alone-120", found=END),
-        "mutual learning of as many epochs costs {:.1f} times": [
+    "mutual learning of as many epochs costs {:.1f} times": [
         times("mutual-240", "trikd 1", END)],
     "TriKD's rival costs {:.1f} times as much": [times("mutual-30", "trikd 1", TABLE)],
     "and is level: {:+.1f} [{:+.1f}, {:+.1f}]": gap("trikd 1", "switokd", found=END),
