@@ -187,6 +187,11 @@ def test_threshold_and_mode_by_hand():
             (0, 1, -0.367879, 0.367879), (0, 0, np.nan, np.nan)):
         found = switokd.switching_threshold(tensor(s), tensor(t))
         assert found == pytest.approx((delta, eps), abs=1e-6, nan_ok=True)
+    z_s, z_t = torch.randn(2, 6, 5, requires_grad=True)
+    s, t = (switokd.label_distance(z, torch.zeros(6, dtype=torch.long)) for z in (z_s, z_t))
+    G, thresholds = switokd.distillation_gap(z_s, z_t), switokd.switching_threshold(z_s.sum(), 1.0)
+    thresholds += switokd.switching_threshold(1.0, z_t.sum())
+    assert not any(one.requires_grad for one in (s, t, G, *thresholds))  # (1) to (4) decide alone
     for G, delta, s, t, mode in (
             (1, 1, 1.2, 0.8, "learning"), (1, 0.9, 1.2, 0.8, "expert"),
             (1, 0.9, 0.8, 0.8, "learning"), (0, np.nan, 0, 0, "learning")):
